@@ -1,0 +1,44 @@
+"""align: preference alignment token by token. Public names are imported when they are first used."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "AlignError": "errors",
+    "CDPOConfig": "trainers",
+    "CDPOTrainer": "trainers",
+    "PairConfig": "pair",
+    "SampleConfig": "sample",
+    "TokenDPOConfig": "trainers",
+    "TokenDPOTrainer": "trainers",
+    "evaluate_verdicts": "evaluate",
+    "inspect_pairs": "report",
+    "load_adapters": "models",
+    "load_model": "models",
+    "load_problems": "problems",
+    "load_tokenizer": "models",
+    "read_records": "records",
+    "sample_completions": "sample",
+    "score_contrastive": "scoring.contrastive",
+    "score_reference": "scoring.reference",
+    "select_pairs": "pair",
+    "token_logps": "logps",
+    "train_sft": "trainers.sft",
+    "verify_records": "verify",
+    "write_records": "records",
+}
+
+__all__ = sorted(_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    # Loading torch takes seconds; `align --help` and a notebook's first cell should not wait for it.
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_NAMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

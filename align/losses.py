@@ -1,0 +1,97 @@
+"""Token weights and losses as pure tensor functions; imports torch alone.
+
+Notation (B pairs, T label positions, padding and prompt included): `logratios` Δ_t = log π_θ(y_t) − log π_ref(y_t) in
+nats, `weights` w_t, both (B, T) and 0 outside the completion.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def cdpo_weights(
+    chosen_scores: torch.Tensor, rejected_scores: torch.Tensor, weight_chosen: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cDPO's weights from contrastive scores s_t: w⁻_t = 1 − s_t, and w⁺_t = 1 or s_t (Lin et al. 2025,
+    arXiv 2411.19943).
+
+    Args:
+        chosen_scores, rejected_scores: (B, T) in [0, 1]; low = critical.
+        weight_chosen: whether chosen tokens are weighted too.
+
+    Returns:
+        Weights of the chosen and of the rejected tokens, (B, T) each.
+    """
+    chosen_weights = chosen_scores if weight_chosen else torch.ones_like(chosen_scores)
+    return chosen_weights, 1.0 - rejected_scores
+
+
+def weighted_logps(logps: torch.Tensor, ref_logps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities whose sum exceeds the reference's by Σ_t w_t Δ_t: ref_t + w_t Δ_t, written so that w_t = 1
+    gives `logps` to the last bit.
+
+    Args:
+        logps, ref_logps, weights: (B, T).
+    """
+    return logps + (weights - 1.0) * (logps - ref_logps)
+
+
+def sequence_token_dpo_loss(
+    chosen_logratios: torch.Tensor,
+    rejected_logratios: torch.Tensor,
+    chosen_weights: torch.Tensor,
+    rejected_weights: torch.Tensor,
+    beta: float,
+) -> torch.Tensor:
+    """Token-weighted DPO: −log σ( β (Σ_t w⁺_t Δ⁺_t − Σ_t w⁻_t Δ⁻_t) ), the mean over pairs.
+
+    The trainers do not call it (TRL's own loss runs on the weighted sums); it is here for those who write their own loop.
+
+    Args:
+        chosen_logratios, chosen_weights: (B, T⁺); rejected_logratios, rejected_weights: (B, T⁻).
+        beta: inverse temperature of the implicit reward.
+    """
+    margins = (chosen_weights * chosen_logratios).sum(-1) - (rejected_weights * rejected_logratios).sum(-1)
+    return -F.logsigmoid(beta * margins).mean()
+
+
+def position_token_dpo_loss(
+    chosen_logratios: torch.Tensor,
+    rejected_logratios: torch.Tensor,
+    chosen_weights: torch.Tensor,
+    rejected_weights: torch.Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """The loss of cDPO's released code: −log σ( β (w⁺_t Δ⁺_t − w⁻_t Δ⁻_t) ), the mean over all B·T positions.
+
+    Chosen and rejected tokens are paired by position, and prompt and padding positions count, each adding log 2: the
+    value depends on the padded width T, as it does there.
+
+    Args:
+        chosen_logratios, rejected_logratios, chosen_weights, rejected_weights: (B, T), one T for both sides.
+        label_smoothing: probability that the preference is flipped (conservative DPO).
+    """
+    margins = beta * (chosen_weights * chosen_logratios - rejected_weights * rejected_logratios)
+    losses = -F.logsigmoid(margins) * (1.0 - label_smoothing) - F.logsigmoid(-margins) * label_smoothing
+    return losses.mean()
+
+
+def contrastive_scores(
+    positive_logits: torch.Tensor, negative_logits: torch.Tensor, token_ids: torch.Tensor, beta: float = 1.0
+) -> torch.Tensor:
+    """Contrastive probability of each token: s_t = softmax_v( (1+β) log p⁺(v) − β log p⁻(v) ) at v = y_t
+    (arXiv 2411.19943). The normalizers of p⁺ and p⁻ are the same for every v, so logits serve as log-probabilities.
+
+    Args:
+        positive_logits, negative_logits: (N, V) logits at the positions that predict the tokens.
+        token_ids: (N,) the tokens y_t.
+        beta: β_CE, weight of the negative model.
+
+    Returns:
+        (N,) float32 in [0, 1]; low = critical.
+    """
+    logits = (1.0 + beta) * positive_logits.float() - beta * negative_logits.float()
+    chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    return (chosen - logits.logsumexp(-1)).exp()

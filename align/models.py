@@ -1,0 +1,206 @@
+"""Loading models, tokenizers and adapters, and telling whether they belong together: the one place for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, ModelMismatchError
+from .records import atomic_path
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+#: Beside an adapter's weights: which base they were trained on.
+BASE_FILE = "align_base.json"
+
+
+def quantization_config(quantization: str | None, dtype: str = "bfloat16") -> BitsAndBytesConfig | None:
+    """`None`, or the bitsandbytes settings of `"4bit"` (QLoRA: NF4, double quantization; Dettmers et al. 2023) and
+    `"8bit"`.
+
+    Raises:
+        ConfigError: another name, or bitsandbytes is not installed.
+    """
+    if quantization is None:
+        return None
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"quantization {quantization!r} needs bitsandbytes; install the extra: pip install 'align[qlora]'")
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if quantization == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
+    raise ConfigError(f"quantization {quantization!r} is unknown; use '4bit', '8bit' or leave it out")
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: str = "bfloat16",
+    quantization: str | None = None,
+    attn_implementation: str | None = None,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel | PeftModel:
+    """Loads a causal LM from safetensors onto this process's device, in eval mode.
+
+    Args:
+        path: hub name or folder.
+        dtype: name of a torch dtype.
+        quantization: see `quantization_config`.
+        adapter: folder or hub name of a PEFT adapter to put on it, checked to belong to the base.
+
+    Raises:
+        ConfigError: unknown dtype or quantization.
+        ModelMismatchError: the adapter does not belong to the base.
+    """
+    import torch
+    from accelerate import PartialState
+    from transformers import AutoModelForCausalLM
+
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ConfigError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
+    process = PartialState()
+    kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype), "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    quantized = quantization_config(quantization, dtype)
+    if quantized is not None:
+        kwargs |= {"quantization_config": quantized, "device_map": {"": process.device}}
+    if attn_implementation is not None:
+        kwargs["attn_implementation"] = attn_implementation
+    model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    if quantized is None:
+        model = model.to(process.device)
+    if adapter is not None:
+        model = load_adapters(model, {"default": adapter})
+    return model.eval()
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer; EOS stands in for a missing padding token.
+
+    Raises:
+        ModelMismatchError: it has no EOS, so no completion could end.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ModelMismatchError(f"{path}: the tokenizer has no EOS token; set `eos_token` in its configuration")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def vocab_size(model: PreTrainedModel | PeftModel) -> int:
+    """Number of rows of the input embedding: ids from 0 to one below it can be fed."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def base_fingerprint(model: PreTrainedModel | PeftModel) -> str:
+    """A hash of a base model's architecture and a sample of its weights; adapters on it do not change it.
+
+    The sample (norms, biases and the first embeddings, rounded to bfloat16) is what neither quantization nor the
+    dtype of loading changes, and it tells fine-tunes of one architecture apart.
+    """
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    digest = hashlib.sha256()
+    config = base.config.get_text_config()
+    fields = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    digest.update(json.dumps([getattr(config, field, None) for field in fields]).encode())
+    sample = [p for name, p in sorted(base.named_parameters()) if p.dim() == 1 and "lora_" not in name]
+    for parameter in [*sample, base.get_input_embeddings().weight[:256]]:
+        digest.update(parameter.detach().bfloat16().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_base_file(adapter_dir: str | Path, model: PreTrainedModel | PeftModel, fingerprint: str | None = None) -> None:
+    """Writes beside a trained adapter which base it belongs to, for `load_adapters` to check."""
+    base = {"name": model.config._name_or_path, "fingerprint": fingerprint or base_fingerprint(model)}
+    with atomic_path(Path(adapter_dir) / BASE_FILE) as temporary:
+        temporary.write_text(json.dumps(base, indent=2), encoding="utf-8")
+
+
+def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftModel:
+    """Puts PEFT adapters on one base, none merged; the first one is active.
+
+    Args:
+        model: base model; becomes part of the result.
+        adapters: name -> folder or hub name.
+
+    Raises:
+        ModelMismatchError: an adapter was trained on another base: its recorded fingerprint differs, its weights have
+            other shapes, or the base lacks the layers it adapts.
+    """
+    from peft import PeftModel
+
+    fingerprint = base_fingerprint(model)
+    wrapped: Any = None
+    for name, path in adapters.items():
+        _check_base_file(path, fingerprint, model)
+        try:
+            if wrapped is None:
+                wrapped = PeftModel.from_pretrained(model, path, adapter_name=name, use_safetensors=True)
+            else:
+                wrapped.load_adapter(path, adapter_name=name, use_safetensors=True)
+        except (RuntimeError, ValueError, KeyError) as error:
+            if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+                raise
+            reason = str(error).strip().splitlines()
+            raise ModelMismatchError(
+                f"adapter {path} does not fit the base {model.config._name_or_path}: {' '.join(reason[:3])}; "
+                "give the base it was trained on (base_model_name_or_path in its adapter_config.json)"
+            ) from error
+    return wrapped.eval()
+
+
+def _check_base_file(path: str, fingerprint: str, model: PreTrainedModel) -> None:
+    if not Path(path).exists() and Path(path).is_absolute():
+        raise ModelMismatchError(f"adapter {path}: no such folder; train it first or check the path")
+    file = Path(path) / BASE_FILE
+    if not file.is_file():
+        return
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))
+        recorded, name = base["fingerprint"], base["name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelMismatchError(f"{file}: not readable ({error}); delete it to skip this check, or train again") from None
+    if recorded != fingerprint:
+        raise ModelMismatchError(
+            f"adapter {path} was trained on {name}, whose weights differ from those of {model.config._name_or_path}; "
+            "give the base it was trained on"
+        )
+
+
+@contextmanager
+def active_adapter(model: PreTrainedModel | PeftModel, name: str | None):
+    """Runs the block under the adapter `name`, or under the bare base for `None`; models without adapters pass through.
+
+    Raises:
+        ModelMismatchError: there is no adapter of that name.
+    """
+    if not hasattr(model, "peft_config"):
+        if name is not None:
+            raise ModelMismatchError(f"the model has no adapters, so there is none named {name!r}")
+        yield
+        return
+    if name is not None and name not in model.peft_config:
+        raise ModelMismatchError(f"there is no adapter {name!r}; the model has {', '.join(model.peft_config)}")
+    from trl.trainer.utils import use_adapter
+
+    with use_adapter(model, name):
+        yield

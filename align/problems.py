@@ -1,0 +1,106 @@
+"""Problems from a local file or the hub, mapped to `id`, `prompt`, `answer` and, where there are any, `solution`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, MissingColumnError, RecordError
+from .records import Record, check_records, read_records, row_name
+
+#: Names under which public data sets keep what we call `prompt`, `answer` and `solution`; the first one found is used.
+PROMPT_COLUMNS = ("prompt", "question", "problem")
+ANSWER_COLUMNS = ("answer", "final_answer")
+SOLUTION_COLUMNS = ("solution", "completion")
+
+
+def load_problems(
+    source: str,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    limit: int | None = None,
+    prompt_template: str | None = None,
+    chat: bool = False,
+    system_prompt: str | None = None,
+) -> list[Record]:
+    """Loads problems and puts them into the words the model will see.
+
+    Args:
+        source: a `.jsonl` or `.parquet` file, or the name of a hub data set.
+        split, subset: split and configuration of a hub data set (`main` for `openai/gsm8k`).
+        limit: only the first so many problems.
+        prompt_template: text with `{prompt}` in it, e.g. `"Question: {prompt}\\nAnswer:"`.
+        chat: makes a text prompt a user message, after `system_prompt` if there is one.
+
+    Raises:
+        ConfigError: settings that contradict each other.
+        MissingColumnError, RecordError: a row has no prompt or no answer.
+    """
+    if prompt_template is not None and "{prompt}" not in prompt_template:
+        raise ConfigError(f"prompt_template {prompt_template!r} has no {{prompt}} in it")
+    if system_prompt is not None and not chat:
+        raise ConfigError("system_prompt needs chat: true; without it, write the text into prompt_template")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit = {limit} must be at least 1")
+    if Path(source).suffix in (".jsonl", ".parquet"):
+        raw: Sequence[Any] = read_records(source)
+    else:
+        from datasets import load_dataset
+
+        raw = load_dataset(source, subset, split=split)
+    if len(raw) == 0:
+        raise RecordError(f"{source}: there are no problems in it")
+    count = len(raw) if limit is None else min(limit, len(raw))
+    problems = [_to_problem(dict(raw[i]), i, source, split) for i in range(count)]
+    for problem in problems:
+        problem["prompt"] = _phrase(problem["prompt"], prompt_template, chat, system_prompt)
+    check_records(problems, "problem", source=source)
+    return problems
+
+
+def _to_problem(row: Record, index: int, source: str, split: str) -> Record:
+    name = f"{source}, {row_name(row, index)}"
+    prompt = next((row[column] for column in PROMPT_COLUMNS if row.get(column)), None)
+    if prompt is None:
+        raise MissingColumnError(f"{name}: no prompt; one of the columns {', '.join(PROMPT_COLUMNS)} is needed")
+    solution = next((row[column] for column in SOLUTION_COLUMNS if row.get(column)), None)
+    answer = next((row[column] for column in ANSWER_COLUMNS if row.get(column) is not None), None)
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        answer = str(answer)
+    if isinstance(answer, str) and "####" in answer:  # openai/gsm8k keeps the solution in its answer column
+        solution = solution or answer
+        answer = answer.rsplit("####", 1)[1].strip()
+    if answer is None and isinstance(solution, str):
+        answer = _boxed(solution)
+    if not answer:
+        raise MissingColumnError(
+            f"{name}: no answer; one of the columns {', '.join(ANSWER_COLUMNS)}, or a solution ending in "
+            "'#### answer' or \\boxed{answer}, is needed"
+        )
+    problem = {"id": str(row["id"]) if row.get("id") is not None else f"{split}-{index}", "prompt": prompt, "answer": answer}
+    return problem | ({"solution": solution} if solution else {})
+
+
+def _boxed(solution: str) -> str | None:
+    """What stands in the last `\\boxed{…}` of a solution, braces balanced (the MATH data sets keep answers there)."""
+    starts = [match.end() for match in re.finditer(r"\\boxed\s*{", solution)]
+    depth = 1
+    for position in range(starts[-1], len(solution)) if starts else ():
+        depth += {"{": 1, "}": -1}.get(solution[position], 0)
+        if depth == 0:
+            return solution[starts[-1] : position]
+    return None
+
+
+def _phrase(prompt: Any, template: str | None, chat: bool, system_prompt: str | None) -> Any:
+    if not isinstance(prompt, str):
+        return prompt
+    if template is not None:
+        prompt = template.replace("{prompt}", prompt)
+    if not chat:
+        return prompt
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    return [*system, {"role": "user", "content": prompt}]

@@ -1,0 +1,234 @@
+"""The records that pass between stages: schema, reading, checking and writing.
+
+A record is a plain dict; a file of records is JSONL or Parquet, by its ending. Every per-token number stands in the
+same row as the token ids it belongs to, one number per id, EOS included (`TOKEN_COLUMNS`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import MissingColumnError, RecordError, RecordFileError
+
+Record = dict[str, Any]
+
+#: Columns every kind of record must have, in the order they are written.
+REQUIRED = {
+    "problem": ("id", "prompt", "answer"),
+    "sample": ("id", "prompt", "answer", "sample", "prompt_ids", "completion_ids", "completion", "finish_reason"),
+    "verdict": (
+        *("id", "prompt", "answer", "sample", "prompt_ids", "completion_ids", "completion", "finish_reason"),
+        *("extracted", "correct"),
+    ),
+    "pair": ("id", "prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids"),
+    "demonstration": ("id", "prompt", "completion", "prompt_ids", "completion_ids"),
+}
+
+#: Token-level columns, without their `chosen_` / `rejected_` prefix.
+TOKEN_COLUMNS = ("ce_scores", "guidance_logratios", "ref_logps", "weights")
+
+_ID_COLUMNS = ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids")
+_TEXT_COLUMNS = ("answer", "completion", "finish_reason")
+
+
+def row_name(row: Mapping[str, Any], index: int) -> str:
+    """How an error message names a row: its place in the file and, where it has one, its id."""
+    return f"row {index} (id {row['id']!r})" if row.get("id") is not None else f"row {index}"
+
+
+def read_records(path: str | os.PathLike, kind: str | None = None) -> list[Record]:
+    """Reads a JSONL or Parquet file of records.
+
+    Args:
+        path: file ending in `.jsonl` or `.parquet`.
+        kind: a key of `REQUIRED`; every row is then checked with `check_records`.
+
+    Raises:
+        RecordFileError: the file is missing, unreadable, or of another ending.
+        RecordError: a line is not a JSON object, or a row does not fit `kind`.
+        MissingColumnError: a required column is not there.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in (".jsonl", ".parquet"):
+        raise RecordFileError(f"{path}: cannot tell the format from the ending {suffix!r}; use .jsonl or .parquet")
+    if not path.is_file():
+        raise RecordFileError(f"{path}: no such file; run the stage that writes it first, or check the path")
+    rows = list(_read_jsonl(path)) if suffix == ".jsonl" else _read_parquet(path)
+    if kind is not None:
+        check_records(rows, kind, source=str(path))
+    return rows
+
+
+def _read_jsonl(path: Path) -> Iterator[Record]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise RecordError(
+                        f"{path}, line {number}: not JSON ({error}): {line[:80]!r}; one JSON object per line is expected"
+                    ) from None
+                if not isinstance(row, dict):
+                    raise RecordError(f"{path}, line {number}: {line[:80]!r} is no JSON object; each line must be one")
+                yield row
+    except UnicodeDecodeError as error:
+        raise RecordFileError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
+    except OSError as error:
+        raise RecordFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _read_parquet(path: Path) -> list[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise RecordFileError(f"{path}: not a readable Parquet file ({error}); write it again") from None
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a temporary path beside `path` that replaces it when the block ends, and vanishes when it fails."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RecordFileError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_records(path: str | os.PathLike, rows: Sequence[Record]) -> None:
+    """Writes records as JSONL or Parquet, by file ending; the file appears whole or not at all.
+
+    Raises:
+        RecordFileError: the ending is unknown or the file cannot be written.
+        RecordError: a value cannot be represented (a NaN in JSONL, say).
+    """
+    path = Path(path)
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        with atomic_path(path) as temporary:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), temporary)
+    elif path.suffix == ".jsonl":
+        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            for index, row in enumerate(rows):
+                try:
+                    file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+                except (TypeError, ValueError) as error:
+                    raise RecordError(f"{path}, {row_name(row, index)}: cannot be written as JSON: {error}") from None
+    else:
+        raise RecordFileError(f"{path}: unknown ending {path.suffix!r}; use .jsonl or .parquet")
+
+
+def check_records(rows: Iterable[Mapping[str, Any]], kind: str, source: str = "records") -> None:
+    """Checks that rows are records of `kind`: columns present, ids integers, token-level columns as long as their ids.
+
+    Raises:
+        MissingColumnError: a required column is missing from a row.
+        RecordError: a value has the wrong type, length or range, or a problem id occurs twice.
+    """
+    seen: set[str] = set()
+    for index, row in enumerate(rows):
+        name = f"{source}, {row_name(row, index)}"
+        for column in REQUIRED[kind]:
+            if column not in row:
+                raise MissingColumnError(
+                    f"{name}: column {column!r} is missing; a {kind} record has {', '.join(REQUIRED[kind])}"
+                )
+        if not isinstance(row["id"], str) or not row["id"]:
+            raise RecordError(f"{name}: id {row['id']!r} must be a non-empty string")
+        if kind == "problem":
+            if row["id"] in seen:
+                raise RecordError(f"{name}: the id occurs twice; ids of problems must be unique")
+            seen.add(row["id"])
+        _check_prompt(row["prompt"], name)
+        for column in _TEXT_COLUMNS:
+            if column in REQUIRED[kind] and not isinstance(row[column], str):
+                raise RecordError(f"{name}: {column} {row[column]!r} must be text")
+        for column in _ID_COLUMNS:
+            if column in row:
+                check_ids(row[column], column, name)
+        check_token_columns(row, name)
+
+
+def _check_prompt(prompt: Any, name: str) -> None:
+    if isinstance(prompt, str):
+        return
+    messages = isinstance(prompt, list) and prompt
+    if not messages or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
+        raise RecordError(f"{name}: prompt {prompt!r} must be text or a list of messages with `role` and `content`")
+
+
+def check_ids(ids: Any, column: str, name: str, vocab_size: int | None = None) -> None:
+    """Checks one list of token ids: integers from 0, below `vocab_size` where that is given.
+
+    Raises:
+        RecordError: names the row, the position and the id.
+    """
+    if not isinstance(ids, (list, tuple)):
+        raise RecordError(f"{name}: {column} must be a list of token ids, got {type(ids).__name__}")
+    for position, token_id in enumerate(ids):
+        if not isinstance(token_id, int) or isinstance(token_id, bool):
+            raise RecordError(f"{name}: {column}[{position}] = {token_id!r} is no token id; ids are integers")
+        if token_id < 0 or (vocab_size is not None and token_id >= vocab_size):
+            limit = "" if vocab_size is None else f" of {vocab_size} tokens"
+            raise RecordError(
+                f"{name}: {column}[{position}] = {token_id} is not in the vocabulary{limit}; "
+                "were the ids made with another tokenizer?"
+            )
+
+
+def check_token_columns(row: Mapping[str, Any], name: str, columns: Sequence[str] = TOKEN_COLUMNS) -> None:
+    """Checks the token-level columns of a pair: one finite number per id, scores in [0, 1].
+
+    Raises:
+        MissingColumnError: the column's ids are missing, so nothing says which tokens the numbers belong to.
+        RecordError: a length differs from the number of ids, or a number is not finite or out of range.
+    """
+    for side in ("chosen", "rejected"):
+        for column in columns:
+            full = f"{side}_{column}"
+            values = row.get(full)
+            if values is None:
+                continue
+            ids = row.get(f"{side}_ids")
+            if ids is None:
+                raise MissingColumnError(f"{name}: {full} stands without {side}_ids; store the ids it belongs to")
+            if not isinstance(values, (list, tuple)):
+                raise RecordError(f"{name}: {full} must be a list of numbers, got {type(values).__name__}")
+            if len(values) != len(ids):
+                raise RecordError(f"{name}: {full} has {len(values)} numbers for {len(ids)} ids{_hint(row, values, ids)}")
+            for position, value in enumerate(values):
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                    raise RecordError(f"{name}: {full}[{position}] = {value!r} is no finite number; remove or mend the row")
+                if column == "ce_scores" and not 0.0 <= value <= 1.0:
+                    raise RecordError(f"{name}: {full}[{position}] = {value!r} is no probability; scores lie in [0, 1]")
+
+
+def _hint(row: Mapping[str, Any], values: Sequence, ids: Sequence) -> str:
+    """What usually lies behind a length that differs."""
+    difference = len(values) - len(ids)
+    if difference == -1:
+        return "; one is missing, often EOS's: every id needs a number, EOS included"
+    if difference == 1:
+        return "; one too many, often the prompt's last token or a shift by one: give completion tokens only"
+    if difference == len(row.get("prompt_ids") or ()):
+        return "; the prompt's tokens seem to be included: give completion tokens only"
+    return "; every id needs exactly one number"

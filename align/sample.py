@@ -1,0 +1,192 @@
+"""n completions per problem with transformers: seeded, batched by length, shared among processes, resumable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, RecordError
+from .models import vocab_size
+from .records import Record, check_records
+from .stages import records_hash, run_in_parts
+from .tokens import add_eos, decode_completion, encode_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How to sample.
+
+    Args:
+        n: completions per problem.
+        temperature: 0 is greedy decoding.
+        top_p: nucleus share; 1 is the whole distribution. cDPO samples at 0.95.
+        top_k: 0 is the whole vocabulary.
+        max_new_tokens: longest completion, EOS included.
+        max_prompt_length: longer prompts are left out and counted.
+        stop: texts that end a completion; what follows the token before them is cut and EOS is put there.
+        seed: with the number of the batch, decides every draw.
+        batch_size: completions generated together.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 512
+    max_prompt_length: int | None = None
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        for field, low in (("n", 1), ("max_new_tokens", 1), ("batch_size", 1), ("top_k", 0), ("temperature", 0)):
+            if getattr(self, field) < low:
+                raise ConfigError(f"sample: {field} = {getattr(self, field)} must be at least {low}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"sample: top_p = {self.top_p} must lie in (0, 1]")
+        if self.temperature == 0 and self.n > 1:
+            raise ConfigError(f"sample: temperature 0 gives n = {self.n} equal completions; set n = 1 or a temperature")
+        object.__setattr__(self, "stop", tuple(self.stop))  # YAML and the command line give lists
+
+
+def sample_completions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Record],
+    out_path: str | os.PathLike,
+    config: SampleConfig | None = None,
+    settings: dict[str, Any] | None = None,
+) -> dict[str, int]:
+    """The stage `align sample`: writes one sample record per problem and draw.
+
+    Args:
+        model: causal LM; where it has an adapter, that is on.
+        problems: problem records.
+        out_path: samples, JSONL or Parquet.
+        config: how to sample.
+        settings: what else the samples depend on (hash of the model), for resuming.
+
+    Returns:
+        Counts: `rows`, `stop`, `length` (cut at `max_new_tokens`), `prompt_too_long`, `tokens`.
+
+    Raises:
+        RecordError, MissingColumnError: a problem does not fit the schema, or no prompt is short enough.
+    """
+    config = config or SampleConfig()
+    problems = list(problems)
+    check_records(problems, "problem", source="problems")
+    prompts = [encode_prompt(tokenizer, p["prompt"], f"problem {p['id']!r}") for p in problems]
+    if (highest := max(map(max, prompts), default=0)) >= vocab_size(model):
+        raise RecordError(f"the tokenizer gives id {highest}, the model knows {vocab_size(model)}; they do not match")
+    longest = config.max_prompt_length
+    kept = [i for i, ids in enumerate(prompts) if longest is None or len(ids) <= longest]
+    if not kept:
+        raise RecordError(f"none of the {len(problems)} prompts fits max_prompt_length = {longest}; raise it")
+    kept.sort(key=lambda i: len(prompts[i]))  # prompts of equal length share a batch: little padding
+    # A batch holds whole problems, so that where many completions are wanted the batches stay near batch_size.
+    size = max(1, config.batch_size // config.n)
+    batches = [kept[i : i + size] for i in range(0, len(kept), size)]
+
+    def compute(number: int, batch: list[int]) -> list[Record]:
+        completions = generate(model, tokenizer, [prompts[i] for i in batch], config, config.seed * 1_000_003 + number)
+        return [
+            {
+                **problems[i],
+                **{"sample": draw, "prompt_ids": prompts[i], "completion_ids": ids},
+                **{"completion": decode_completion(tokenizer, ids), "finish_reason": reason, "_row": i},
+            }
+            for i, draws in zip(batch, completions, strict=True)
+            for draw, (ids, reason) in enumerate(draws)
+        ]
+
+    return run_in_parts(
+        out_path,
+        batches,
+        compute,
+        stage="sample",
+        settings={**asdict(config), **(settings or {}), "problems": records_hash(problems)},
+        order=lambda row: (row.pop("_row"), row["sample"]),
+        count=lambda rows: {
+            "stop": sum(row["finish_reason"] == "stop" for row in rows),
+            "length": sum(row["finish_reason"] == "length" for row in rows),
+            "prompt_too_long": len(problems) - len(kept),
+            "tokens": sum(len(row["completion_ids"]) for row in rows),
+        },
+    )
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    config: SampleConfig,
+    seed: int,
+) -> list[list[tuple[list[int], str]]]:
+    """Completions of one batch of prompts.
+
+    Args:
+        prompts: ids of each prompt.
+        seed: decides the draws of this batch; the global random state is left as it was.
+
+    Returns:
+        For every prompt `config.n` pairs of completion ids (EOS included where it ended) and finish reason
+        (`stop`, `length`).
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    device = model.get_input_embeddings().weight.device
+    width = max(map(len, prompts))
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    # Left-padded, since generation goes on at the right end.
+    input_ids = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
+    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    sampling = config.temperature > 0
+    options = GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        num_return_sequences=config.n,
+        do_sample=sampling,
+        **({"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k} if sampling else {}),
+        pad_token_id=pad,
+        eos_token_id=_end_ids(model, eos),
+        stop_strings=list(config.stop) or None,
+    )
+    with torch.inference_mode(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=options,
+            use_model_defaults=False,  # a checkpoint's own temperature or top-k would otherwise slip in
+            **({"tokenizer": tokenizer} if config.stop else {}),
+        )
+    ended = [_end(tokenizer, ids, options.eos_token_id, config.stop) for ids in output[:, width:].tolist()]
+    return [ended[i : i + config.n] for i in range(0, len(ended), config.n)]
+
+
+def _end_ids(model: PreTrainedModel, eos: int) -> list[int]:
+    """EOS of the tokenizer and those the checkpoint itself ends with (chat models often have several)."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    own = [] if own is None else [own] if isinstance(own, int) else list(own)
+    return sorted({eos, *own})
+
+
+def _end(tokenizer, ids: list[int], end_ids: list[int], stop: Sequence[str]) -> tuple[list[int], str]:
+    """Cuts generated ids behind their first end token, or before the token in which a stop text begins."""
+    for position, token_id in enumerate(ids):
+        if token_id in end_ids:
+            ids = ids[: position + 1]
+            break
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False) if stop else ""
+    found = [text.index(s) for s in stop if s in text]
+    if found:
+        length = len(ids)
+        while length and len(tokenizer.decode(ids[:length], clean_up_tokenization_spaces=False)) > min(found):
+            length -= 1
+        return add_eos(ids[:length], tokenizer.eos_token_id), "stop"
+    return (ids, "stop") if ids and ids[-1] in end_ids else (ids, "length")

@@ -1,0 +1,277 @@
+"""`TokenDPOTrainer`: the one seam into TRL's `DPOTrainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import get_config_model_id
+
+from ..errors import ConfigError
+from ..losses import weighted_logps
+from ..models import load_tokenizer
+from ..tokens import label_values, pad_rows, shift_to_labels, truncate
+from .preference_data import SIDES, has_reference, pad_columns, prepare_preference_dataset
+from .reference_check import check_reference_columns
+
+logger = get_logger(__name__)
+
+#: What the batch calls a token-level column of the data set.
+PREFIX = "token_"
+
+
+@dataclass
+class TokenDPOConfig(DPOConfig):
+    """[`~trl.DPOConfig`] with one new field. `use_weighting` and the loss type `aot` are refused: they are no functions
+    of the sequence log-ratios that the weights change.
+
+    Args:
+        check_reference (`bool`, defaults to `True`):
+            Compares stored reference log-probabilities with the reference model on a few rows before training, so that
+            numbers shifted by one position are found.
+    """
+
+    check_reference: bool = field(
+        default=True,
+        metadata={"help": "Compare stored reference log-probabilities with the reference model before training."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.use_weighting:
+            raise ConfigError("use_weighting=True reads unweighted log-probabilities; unset it, or train with TRL's DPOTrainer")
+        if "aot" in self.loss_type:
+            raise ConfigError("loss_type 'aot' sorts policy and reference ratios apart; use 'aot_unpaired' or another type")
+
+
+@dataclass
+class TokenPreferenceCollator(DataCollatorForPreference):
+    """TRL's collator, plus token-level columns: for each of `columns` and each side that the examples have, the batch
+    gets `token_<side>_<column>` of shape (B, L), laid out, truncated and padded like the side's `input_ids`, 0 outside
+    the completions."""
+
+    columns: tuple[str, ...] = ()
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        width = batch["input_ids"].shape[1]
+        for name in [f"{side}_{column}" for side in SIDES for column in self.columns]:
+            if name in examples[0]:
+                rows = [label_values(example[name], len(example["prompt_ids"])) for example in examples]
+                rows = [truncate(row, self.max_length, self.truncation_mode) for row in rows]
+                batch[PREFIX + name] = pad_rows(rows, 0.0, width)
+        return batch
+
+
+class _TokenWeightedModel:
+    """What TRL's loss calls in place of the model: the same outputs, with log-probabilities whose sum over the tokens
+    exceeds the reference's by Σ_t w_t Δ_t."""
+
+    def __init__(self, model, ref_logps: torch.Tensor, weights: torch.Tensor) -> None:
+        self.model = model
+        self.ref_logps = ref_logps
+        self.weights = weights
+        self.logps: torch.Tensor | None = None  # (2B, T), unweighted, set by the call
+
+    def __call__(self, **kwargs):
+        outputs = self.model(**kwargs)
+        if kwargs.get("fused_lm_head"):
+            # Prompt-learning adapters prepend positions; those of the real tokens are the last ones.
+            self.logps = outputs.log_probs[:, -self.weights.size(1) :]
+            outputs.log_probs = weighted_logps(self.logps, self.ref_logps, self.weights)
+        return outputs
+
+
+class TokenDPOTrainer(DPOTrainer):
+    """DPO with a weight for every token: TRL's Σ_t Δ_t becomes Σ_t w_t Δ_t, and nothing else changes.
+
+    The seam is `_compute_loss`: TRL's own runs on a model whose per-token log-probabilities carry the weights, so every
+    loss type that is a function of sequence log-ratios, every f-divergence, `ld_alpha` and every metric stays TRL's.
+    With all weights 1 it is TRL's `DPOTrainer`, bit for bit.
+
+    A method is a subclass that names its columns in `token_columns` and overrides `token_weights`.
+
+    Data sets have text (`prompt`, `chosen`, `rejected`, plain or conversational) or ids (`prompt_ids`, `chosen_ids`,
+    `rejected_ids`) with token-level columns: `chosen_weights`, `rejected_weights`, and `chosen_ref_logps`,
+    `rejected_ref_logps` (nats), one number per id, EOS included. Without reference columns the reference is computed
+    token by token: by switching the adapter off, or with TRL's `ref_model` in full fine-tuning.
+
+    Args:
+        See [`~trl.DPOTrainer`].
+
+    Raises:
+        RecordError, MissingColumnError, ConfigError: before training, naming the row, the value and the remedy.
+    """
+
+    _tag_names = ["trl", "dpo", "align", "token-dpo"]
+    _name = "token-weighted DPO"
+    #: Token-level columns, without `chosen_` / `rejected_`, that `token_weights` reads.
+    token_columns: tuple[str, ...] = ("weights",)
+    config_class: type[TokenDPOConfig] = TokenDPOConfig
+
+    def __init__(
+        self, model, ref_model=None, args=None, data_collator=None, train_dataset=None, eval_dataset=None,
+        processing_class=None, **kwargs,
+    ) -> None:  # fmt: skip
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        if args is None:
+            args = self.config_class(f"{name.split('/')[-1]}-{self._name}")
+        if not isinstance(args, self.config_class):
+            raise ConfigError(f"args is a {type(args).__name__}; {type(self).__name__} needs {self.config_class.__name__}")
+        if processing_class is None:
+            processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+        if not hasattr(processing_class, "pad_token"):
+            raise ConfigError(f"{type(self).__name__} trains language models without images; give a tokenizer")
+        if data_collator is None:
+            processing_class.pad_token = args.pad_token or processing_class.pad_token or processing_class.eos_token
+            data_collator = TokenPreferenceCollator(
+                pad_token_id=processing_class.pad_token_id,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+                columns=(*self.token_columns, "ref_logps"),
+            )
+        #: Rows, dropped and truncated rows of every data set, by its name.
+        self.data_report: dict[str, dict[str, int]] = {}
+        stored = has_reference(train_dataset)
+        if stored and ref_model is not None:
+            raise ConfigError("the data set has reference log-probabilities and ref_model is given; leave one of them out")
+        # Stored references stand in for TRL's precomputed sums, so that TRL loads no reference model.
+        args.precompute_ref_log_probs = args.precompute_ref_log_probs or stored
+        super().__init__(
+            model=model, ref_model=ref_model, args=args, data_collator=data_collator, train_dataset=train_dataset,
+            eval_dataset=eval_dataset, processing_class=processing_class, **kwargs,
+        )  # fmt: skip
+        if self.aux_loss_enabled and "position" == getattr(args, "loss_aggregation", None):
+            raise ConfigError("loss_aggregation='position' has no place for a router loss; set router_aux_loss_coef=0")
+        if stored and args.check_reference and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            check_reference_columns(self)
+
+    def token_weights(
+        self, chosen: dict[str, torch.Tensor], rejected: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The method's rule: from token-level columns to weights.
+
+        Args:
+            chosen, rejected: per column of `token_columns` that the data has, a (B, T) tensor beside the shifted
+                labels; and `mask`, (B, T) float, 1 at completion tokens.
+
+        Returns:
+            w⁺ and w⁻, (B, T) each; values outside the completions do not matter.
+        """
+        return chosen.get("weights", chosen["mask"]), rejected.get("weights", rejected["mask"])
+
+    def required_columns(self, args: TokenDPOConfig) -> tuple[str, ...]:
+        """Token-level columns, prefixed, that every data set must have."""
+        return ()
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        dataset, self.data_report[dataset_name] = prepare_preference_dataset(
+            dataset, processing_class, args, dataset_name, (*self.token_columns, "ref_logps"), self.required_columns(args)
+        )
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # The Trainer drops what is not named here, without a word: the weights among it.
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            columns = (*self.token_columns, "ref_logps")
+            self._signature_columns += [f"{side}_{column}" for side in SIDES for column in columns]
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        # TRL's stores one sum per side; ours stores the tokens' numbers, so that weights can be applied to them.
+        if has_reference(dataset):
+            return dataset
+        loader = self.accelerator.prepare(
+            torch.utils.data.DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, shuffle=False)
+        )
+        rows: dict[str, list[list[float]]] = {"chosen": [], "rejected": []}
+        for batch in loader:
+            logps, _ = self._reference(batch)
+            # A row's completion lies wherever the truncation left it, so the mask travels with the numbers.
+            stacked = torch.stack((logps, shift_to_labels(batch["completion_mask"]).to(logps.dtype)), dim=-1)
+            for side, part in zip(SIDES, stacked.chunk(2), strict=True):
+                part = self.accelerator.pad_across_processes(part, dim=1)
+                for row in self.accelerator.gather_for_metrics(part).cpu():
+                    rows[side].append(row[row[:, 1] > 0, 0].tolist())
+        return pad_columns(dataset, rows, "ref_logps", self.args.truncation_mode)
+
+    def _reference(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reference log-probabilities of a batch: per token (2B, T), and TRL's sums (2B,)."""
+        stored = [inputs[f"{PREFIX}{side}_ref_logps"] for side in SIDES if f"{PREFIX}{side}_ref_logps" in inputs]
+        inputs = {key: value for key, value in inputs.items() if not key.startswith(PREFIX)}
+        captured = SimpleNamespace(log_probs=None)
+        if stored:
+            captured.log_probs = shift_to_labels(torch.cat(stored))
+            score = lambda **_: captured  # noqa: E731
+        else:
+            reference = self.ref_model or self.model
+
+            def score(**kwargs):
+                captured.log_probs = reference(**kwargs).log_probs
+                return captured
+
+        # TRL's own method, for its way of finding the reference and of summing (`ld_alpha`).
+        sums = torch.cat(self.compute_ref_log_probs(score, inputs))
+        return captured.log_probs[:, -shift_to_labels(inputs["input_ids"]).size(1) :].detach(), sums
+
+    def _weights(self, inputs: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
+        """(2B, T) weights of a batch, by the method's rule."""
+        sides = [{"mask": part} for part in mask.chunk(2)]
+        for side, columns in zip(SIDES, sides, strict=True):
+            for column in self.token_columns:
+                if f"{PREFIX}{side}_{column}" in inputs:
+                    columns[column] = shift_to_labels(inputs[f"{PREFIX}{side}_{column}"])
+        return torch.cat(self.token_weights(*sides))
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        mode = "train" if self.model.training else "eval"
+        ref_logps, ref_sums = self._reference(inputs)
+        mask = shift_to_labels(inputs["completion_mask"]).to(ref_logps.dtype)
+        weights = self._weights(inputs, mask)
+        seam = _TokenWeightedModel(model, ref_logps, weights)
+        trl_inputs = {key: value for key, value in inputs.items() if not key.startswith(PREFIX)}
+        trl_inputs["ref_chosen_logps"], trl_inputs["ref_rejected_logps"] = ref_sums.chunk(2)
+        precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            result = super()._compute_loss(seam, trl_inputs, return_outputs)
+        finally:
+            self.precompute_ref_logps = precomputed
+        loss, *outputs = result if return_outputs else (result,)
+        logratios = (seam.logps - ref_logps) * mask
+        loss = self._finish_loss(loss, logratios, weights, mask)
+        self._log_token_metrics(mode, seam.logps, weights, mask)
+        return (loss, *outputs) if return_outputs else loss
+
+    def _finish_loss(self, loss, logratios: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor):
+        """Last word on TRL's loss. Here: takes the weights out of the term `sft`, which is a likelihood, no log-ratio.
+
+        Args:
+            loss: TRL's, of the weighted log-ratios.
+            logratios, weights, mask: (2B, T), chosen rows first.
+        """
+        if "sft" in self.loss_types:
+            chosen = mask.chunk(2)[0]
+            added = ((weights - 1.0) * logratios).chunk(2)[0].sum() / chosen.sum()
+            loss = loss + self.loss_weights[self.loss_types.index("sft")] * added
+        return loss
+
+    def _log_token_metrics(self, mode: str, logps: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> None:
+        """Adds the mean weight of each side's tokens, and puts unweighted sums where TRL logs log-probabilities."""
+        metrics = self._metrics[mode]
+        for side, side_logps, side_weights, side_mask in zip(
+            SIDES, logps.detach().chunk(2), weights.chunk(2), mask.chunk(2), strict=True
+        ):
+            sums = self.accelerator.gather((side_logps * side_mask).sum(1))
+            if self.ld_alpha is None:
+                metrics[f"logps/{side}"][-1] = sums.mean().item()
+            totals = self.accelerator.gather(torch.stack(((side_weights * side_mask).sum(), side_mask.sum())))
+            weight, tokens = totals.view(-1, 2).sum(0).tolist()
+            metrics[f"weights/{side}"].append(weight / max(tokens, 1.0))
+
+
