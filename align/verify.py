@@ -1,0 +1,220 @@
+"""Finding the final answer in a solution, and comparing it with the reference answer.
+
+Finding is ours, by four rules; comparing anything that is no plain number is math-verify's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from .records import Record, check_records, read_records, write_records
+from .stages import file_hash, is_complete, read_manifest, write_manifest
+
+#: Longest answer that is compared as mathematics; longer ones are compared as text.
+LONGEST_EXPRESSION = 300
+#: How much of the end of a solution is searched: an answer stands at the end, and no input may cost unbounded time.
+SEARCHED_TAIL = 20_000
+
+_NUMBER = r"[-+−]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?:\s*/\s*\d+)?%?"
+_NUMBER_AT_END = re.compile(rf"(?<![\w.]){_NUMBER}|(?<=[=>*+/(]){_NUMBER}")
+_HASH = re.compile(r"####[ \t]*([^\n]*)")
+# A marker opens a line ("A: 26") or ends a sentence's beginning ("so the final answer is 26.").
+_ANSWER_LINE = re.compile(r"^[ \t*#]*(?:final answer|answer|A)[ \t*]*[:=][ \t*]*([^\n]*)", re.IGNORECASE | re.MULTILINE)
+_ANSWER_IS = re.compile(r"\banswer\b[^\n.:]{0,40}?(?:\bis\b|\bequals\b|:|=)[ \t]*:?[ \t]*([^\n]*)", re.IGNORECASE)
+_UNFINISHED = re.compile(r"(?:[-+*/×÷=(]|<<[^>]*)\s*$")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found in a solution and whether it is right.
+
+    Args:
+        extracted: the answer as text; `None` where there is none.
+        rule: `hash`, `boxed`, `answer_is` or `last_number`; `None` with `extracted`.
+        correct: whether it equals the reference answer.
+    """
+
+    extracted: str | None
+    rule: str | None
+    correct: bool
+
+
+def extract_answer(text: str) -> tuple[str | None, str | None]:
+    """Finds the final answer: `#### 42`, else `\\boxed{42}`, else "the answer is 42" or `A: 42`, else the last number.
+
+    Of several matches of a rule the last one counts; a marker with nothing behind it counts as absent. A text that
+    breaks off in the middle of a calculation has no last number: what stands there is no result.
+
+    Returns:
+        The answer and the name of the rule; both `None` where nothing is found. Never raises, whatever the text.
+    """
+    text = text[-SEARCHED_TAIL:]
+    for rule, find in (("hash", _find_hash), ("boxed", _find_boxed), ("answer_is", _find_answer_is), ("last_number", _find_number)):
+        answer = find(text)
+        if answer:
+            return answer, rule
+    return None, None
+
+
+def _find_hash(text: str) -> str | None:
+    return next((found for match in reversed(_HASH.findall(text)) if (found := _trim(match))), None)
+
+
+def _find_boxed(text: str) -> str | None:
+    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*{", text))):
+        depth, start = 1, match.end()
+        for position in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[position], 0)
+            if depth == 0:
+                if inside := text[start:position].strip():
+                    return inside
+                break
+    return None
+
+
+def _find_answer_is(text: str) -> str | None:
+    found = [(m.start(1), m.group(1)) for pattern in (_ANSWER_LINE, _ANSWER_IS) for m in pattern.finditer(text)]
+    for _, rest in sorted(found, reverse=True):
+        rest = _trim(rest)
+        if not rest:
+            continue
+        # "5 hours", "5, since …" and "x = 5" mean 5; an expression, a list or a pair stands as it is.
+        if number := re.match(rf"[A-Za-z =:$]{{0,20}}?({_NUMBER})(?!\s*[-+*/^=\\{{(]|\w|\s*,\s*[-\d\\])", rest):
+            return _trim(number.group(1))
+        return re.split(r"(?<=[^\d])\.(?:\s|$)|\.\s", rest)[0].strip() or None
+    return None
+
+
+def _find_number(text: str) -> str | None:
+    if _UNFINISHED.search(text[-200:]):
+        return None
+    numbers = _NUMBER_AT_END.findall(text)
+    return _trim(numbers[-1]) if numbers else None
+
+
+def _trim(answer: str) -> str:
+    """An answer without what surrounds it: spaces, emphasis, dollar signs of LaTeX in pairs, a closing full stop."""
+    answer = answer.strip().strip("*").strip()
+    answer = re.sub(r"(?<=[\w)}\]%$])[.;,]+$", "", answer)
+    if len(answer) > 1 and answer[0] == answer[-1] == "$":
+        answer = answer.strip("$").strip()
+    return answer
+
+
+def _as_number(answer: str) -> Fraction | None:
+    """A plain number exactly: signs, thousands separators, decimals, simple fractions, currency and per cent signs."""
+    text = answer.strip().replace("−", "-").replace("\\$", "").replace("$", "").replace("\\%", "").rstrip("%").strip()
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text).replace("\\!", "")
+    if len(text) > 1000 or not re.fullmatch(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:\s*/\s*\d+)?", text):
+        return None
+    top, _, bottom = text.partition("/")
+    try:
+        return Fraction(top.strip()) / Fraction(bottom.strip() or 1)
+    except ZeroDivisionError:
+        return None
+
+
+def canonical_answer(extracted: str | None) -> str | None:
+    """A key that is equal for plainly equal answers: `1,000`, `$1000` and `1000.0` all give `1000`.
+
+    Returns:
+        `None` for `None` and for nothing but spaces.
+    """
+    if extracted is None or not extracted.strip():
+        return None
+    number = _as_number(extracted)
+    if number is None:
+        return re.sub(r"\s+", " ", _trim(extracted)) or None
+    return str(number)
+
+
+def answers_equal(extracted: str, reference: str) -> bool:
+    """Whether two answers are the same: as exact numbers, else as equal text, else by math-verify.
+
+    Args:
+        extracted: the solution's answer.
+        reference: the right answer; of a GSM8K solution, what follows `####`.
+    """
+    if "####" in reference:
+        reference = reference.rsplit("####", 1)[1].strip()
+    left, right = _as_number(extracted), _as_number(reference)
+    if left is not None and right is not None:
+        return left == right
+    if canonical_answer(extracted) == canonical_answer(reference):
+        return True
+    if max(len(extracted), len(reference)) > LONGEST_EXPRESSION or _explodes(extracted) or _explodes(reference):
+        return False
+    return _math_verify(extracted, reference)
+
+
+def _explodes(expression: str) -> bool:
+    """Whether evaluating the expression could take forever: towers of powers, huge exponents, factorials of factorials."""
+    powers = re.findall(r"(?:\^|\*\*)\s*[{(]?\s*(-?\d*)", expression)
+    towers = re.search(r"(?:\^|\*\*)\s*[{(]?\s*[\w.]+\s*(?:\^|\*\*)", expression) is not None
+    return towers or any(len(power) > 3 for power in powers) or expression.count("!") > 1 or bool(re.search(r"\d{3,}\s*!", expression))
+
+
+def _math_verify(extracted: str, reference: str) -> bool:
+    from math_verify import parse, verify
+
+    # The library's time limits are signals, which only the main thread can receive.
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    try:
+        gold = parse(f"${reference}$", parsing_timeout=limit)
+        found = parse(f"${extracted}$", parsing_timeout=limit)
+        return bool(gold and found) and bool(verify(gold, found, timeout_seconds=limit))
+    except Exception:  # noqa: BLE001 - whatever a parser makes of arbitrary text, the answer is just not equal
+        return False
+
+
+def verify_completion(completion: str, answer: str) -> Verdict:
+    """Verdict on one solution. No answer found is incorrect, never an exception."""
+    extracted, rule = extract_answer(completion)
+    return Verdict(extracted, rule, extracted is not None and answers_equal(extracted, answer))
+
+
+def verify_records(samples: Sequence[Record]) -> tuple[list[Record], dict[str, int]]:
+    """Adds `extracted`, `rule` and `correct` to sample records.
+
+    Returns:
+        Verdict records, and counts: `rows`, `correct`, `incorrect`, `no_answer`, `truncated`, and one `rule_…` each.
+
+    Raises:
+        RecordError, MissingColumnError: a sample does not fit the schema.
+    """
+    from tqdm import tqdm
+
+    check_records(samples, "sample", source="samples")
+    counts: Counter[str] = Counter(dict.fromkeys(("rows", "correct", "incorrect", "no_answer", "truncated"), 0))
+    verdicts = []
+    known: dict[tuple[str, str], Verdict] = {}
+    for row in tqdm(samples, desc="verify", unit="completion"):
+        key = (row["completion"], row["answer"])
+        verdict = known.get(key) or known.setdefault(key, verify_completion(*key))
+        verdicts.append({**row, "extracted": verdict.extracted, "rule": verdict.rule, "correct": verdict.correct})
+        counts["rows"] += 1
+        counts["correct" if verdict.correct else "incorrect"] += 1
+        counts["truncated"] += row["finish_reason"] == "length"
+        counts["no_answer" if verdict.rule is None else f"rule_{verdict.rule}"] += 1
+    return verdicts, dict(counts)
+
+
+def verify(samples_path: str | os.PathLike, out_path: str | os.PathLike) -> dict[str, int]:
+    """The stage `align verify`: sample records -> verdict records; skipped where its output is complete.
+
+    Returns:
+        The counts of `verify_records`.
+    """
+    settings = {"samples": file_hash(samples_path) if os.path.exists(samples_path) else None}
+    if is_complete(out_path, "verify", settings):
+        return read_manifest(out_path)["counts"]
+    verdicts, counts = verify_records(read_records(samples_path))
+    write_records(out_path, verdicts)
+    write_manifest(out_path, "verify", settings, counts)
+    return counts
