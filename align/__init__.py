@@ -25,7 +25,8 @@ _NAMES = {
     "score_reference": "scoring.reference",
     "select_pairs": "pair",
     "token_logps": "logps",
-    "train_sft": "trainers.sft",
+    "train_preference": "trainers.training",
+    "train_sft": "trainers.training",
     "verify_records": "verify",
     "write_records": "records",
 }

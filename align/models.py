@@ -204,3 +204,23 @@ def active_adapter(model: PreTrainedModel | PeftModel, name: str | None):
 
     with use_adapter(model, name):
         yield
+
+
+def model_identity(path: str | Path) -> str:
+    """What tells a model or adapter apart in a manifest: its hub name, or a hash of its weight files' sizes and ends.
+
+    A folder's small files are read whole; of a large one, the first and last MiB stand for the rest.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return str(path)
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json"), *folder.glob("tokenizer*.json")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with open(file, "rb") as stream:
+            digest.update(stream.read(1 << 20))
+            if size > 1 << 20:
+                stream.seek(max(1 << 20, size - (1 << 20)))
+                digest.update(stream.read())
+    return digest.hexdigest()

@@ -109,7 +109,7 @@ def sample_completions(
         batches,
         compute,
         stage="sample",
-        settings={**asdict(config), **(settings or {}), "problems": records_hash(problems)},
+        settings=sample_settings(problems, config, settings),
         order=lambda row: (row.pop("_row"), row["sample"]),
         count=lambda rows: {
             "stop": sum(row["finish_reason"] == "stop" for row in rows),
@@ -118,6 +118,11 @@ def sample_completions(
             "tokens": sum(len(row["completion_ids"]) for row in rows),
         },
     )
+
+
+def sample_settings(problems: Sequence[Record], config: SampleConfig, settings: dict[str, Any] | None) -> dict[str, Any]:
+    """What the output of `sample_completions` depends on; with it `stages.is_complete` tells whether there is work left."""
+    return {**asdict(config), **(settings or {}), "problems": records_hash(problems)}
 
 
 def generate(

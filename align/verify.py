@@ -85,7 +85,7 @@ def _find_answer_is(text: str) -> str | None:
         if not rest:
             continue
         # "5 hours", "5, since …" and "x = 5" mean 5; an expression, a list or a pair stands as it is.
-        if number := re.match(rf"[A-Za-z =:$]{{0,20}}?({_NUMBER})(?!\s*[-+*/^=\\{{(]|\w|\s*,\s*[-\d\\])", rest):
+        if number := re.match(rf"[A-Za-z =:$]{{0,20}}?({_NUMBER})(?!\s*[-+*/^=\\{{(]|\w|\s*,\s*[-\d])", rest):
             return _trim(number.group(1))
         return re.split(r"(?<=[^\d])\.(?:\s|$)|\.\s", rest)[0].strip() or None
     return None

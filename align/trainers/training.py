@@ -1,0 +1,169 @@
+"""Training stages: records in, an adapter or a model out, as one call that a recipe or a notebook makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import LoraConfig
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from ..errors import ConfigError, RecordError
+from ..models import base_fingerprint, load_model, load_tokenizer, model_identity, write_base_file
+from ..records import Record, check_records
+from ..stages import is_complete, records_hash, write_manifest
+from .cdpo import CDPOTrainer
+from .token_dpo import TokenDPOTrainer
+
+#: Preference methods by the name a configuration gives them. DPO is the token trainer with all weights 1.
+PREFERENCE_TRAINERS = {"dpo": TokenDPOTrainer, "cdpo": CDPOTrainer}
+
+#: What a pair carries for TokenDPO and its subclasses, besides ids.
+_READ = ("prompt_ids", "chosen_ids", "rejected_ids", "id")
+
+
+def _arguments(cls: type, args: Mapping[str, Any], out_dir: Path) -> Any:
+    known = {field.name for field in dataclasses.fields(cls) if field.init}
+    if unknown := sorted(set(args) - known):
+        raise ConfigError(f"{', '.join(unknown)}: no field of {cls.__name__}; mend the name or remove it")
+    if PartialState().device.type == "cpu":
+        args = {"use_cpu": True, "dataloader_pin_memory": False, **args}
+    return cls(output_dir=str(out_dir), **{"report_to": "none", **args})
+
+
+def _lora(lora: Mapping[str, Any] | None) -> LoraConfig | None:
+    return None if lora is None else LoraConfig(task_type="CAUSAL_LM", **lora)
+
+
+def train_sft(
+    model: Mapping[str, Any],
+    demonstrations: Sequence[Record],
+    out_dir: str | os.PathLike,
+    *,
+    args: Mapping[str, Any] | None = None,
+    lora: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Supervised fine-tuning on demonstration records with TRL's `SFTTrainer`; the loss is on completions alone.
+
+    Args:
+        model: arguments of `align.load_model`, `path` among them.
+        demonstrations: records with `prompt_ids` and `completion_ids`; nothing is tokenized again.
+        out_dir: where the adapter (or, without `lora`, the model) and its tokenizer are saved.
+        args: fields of `trl.SFTConfig`.
+        lora: fields of `peft.LoraConfig`; `None` trains all weights.
+
+    Returns:
+        `steps`, `train_loss`, `train_runtime` in seconds, `rows`; empty where the output was complete already.
+    """
+    check_records(demonstrations, "demonstration", source="demonstrations")
+    rows = [
+        {
+            "input_ids": [*row["prompt_ids"], *row["completion_ids"]],
+            "completion_mask": [0] * len(row["prompt_ids"]) + [1] * len(row["completion_ids"]),
+        }
+        for row in demonstrations
+    ]
+
+    def build(base, tokenizer, directory: Path) -> SFTTrainer:
+        config = _arguments(SFTConfig, {"completion_only_loss": True, **(args or {})}, directory)
+        return SFTTrainer(
+            base, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=_lora(lora)
+        )
+
+    return _train("sft", model, rows, out_dir, build, {"args": dict(args or {}), "lora": lora})
+
+
+def train_preference(
+    method: str,
+    model: Mapping[str, Any],
+    pairs: Sequence[Record],
+    out_dir: str | os.PathLike,
+    *,
+    args: Mapping[str, Any] | None = None,
+    lora: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Preference training on pair records with ids and token-level columns.
+
+    Args:
+        method: a key of `PREFERENCE_TRAINERS`.
+        args: fields of the method's configuration.
+        model, out_dir, lora: see `train_sft`.
+
+    Returns:
+        See `train_sft`.
+
+    Raises:
+        ConfigError: an unknown method or field.
+        RecordError, MissingColumnError: a row the trainer cannot use.
+    """
+    if method not in PREFERENCE_TRAINERS:
+        raise ConfigError(f"method {method!r} is unknown; there are {', '.join(PREFERENCE_TRAINERS)}")
+    cls = PREFERENCE_TRAINERS[method]
+    if not pairs:
+        raise RecordError("there are no pairs to train on")
+    columns = [f"{side}_{column}" for side in ("chosen", "rejected") for column in (*cls.token_columns, "ref_logps")]
+    rows = [{key: pair[key] for key in (*_READ, *columns) if key in pair} for pair in pairs]
+
+    def build(base, tokenizer, directory: Path) -> TokenDPOTrainer:
+        return cls(
+            base,
+            args=_arguments(cls.config_class, args or {}, directory),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=_lora(lora),
+        )
+
+    return _train(method, model, rows, out_dir, build, {"args": dict(args or {}), "lora": lora})
+
+
+def _train(method: str, model: Mapping[str, Any], rows: list[dict], out_dir, build, settings: dict[str, Any]) -> dict[str, Any]:
+    """Trains in `<out_dir>.training`, resuming from its last checkpoint, and moves the result to `out_dir`."""
+    out_dir, process = Path(out_dir), PartialState()
+    settings = {**settings, "model": {**model, "path": model_identity(model["path"])}, "data": records_hash(rows)}
+    if is_complete(out_dir, method, settings):
+        return {}
+    working = out_dir.with_name(out_dir.name + ".training")
+    marker = working.with_name(working.name + ".settings")
+    if process.is_main_process and not is_complete(marker, method, settings):
+        # Checkpoints of other settings must not be resumed.
+        shutil.rmtree(working, ignore_errors=True)
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+        write_manifest(marker, method, settings, {})
+    process.wait_for_everyone()
+    base = load_model(**model)
+    tokenizer = load_tokenizer(model["path"], trust_remote_code=model.get("trust_remote_code", False))
+    fingerprint = base_fingerprint(base)
+    trainer = build(base, tokenizer, working)
+    checkpoint = get_last_checkpoint(str(working)) if working.is_dir() else None
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(working / "final"))
+    counts = {"steps": result.global_step, "rows": len(rows), **{k: result.metrics[k] for k in ("train_loss", "train_runtime")}}
+    if process.is_main_process:
+        tokenizer.save_pretrained(working / "final")
+        if settings["lora"] is not None:
+            write_base_file(working / "final", trainer.model, fingerprint)
+        trainer.create_model_card(model_name=out_dir.name)
+        shutil.move(working / "README.md", working / "final" / "README.md")
+        trainer.state.save_to_json(str(working / "final" / "trainer_state.json"))
+        shutil.rmtree(out_dir, ignore_errors=True)
+        os.replace(working / "final", out_dir)
+        write_manifest(out_dir, method, settings, counts)
+        shutil.rmtree(working)
+        for leftover in (marker, Path(f"{marker}.manifest.json")):
+            leftover.unlink(missing_ok=True)
+    process.wait_for_everyone()
+    del trainer, base
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return counts

@@ -1,0 +1,34 @@
+"""Supervised fine-tuning on demonstration records, with the settings of a recipe's `methods.sft`.
+
+    accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/sft.py \
+        --config recipes/configs/cdpo/tiny-arithmetic.yaml --data runs/tiny-arithmetic/positive.jsonl --output runs/sft
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from align.errors import AlignError
+from align.pipeline import read_config
+from align.records import read_records
+from align.trainers.training import train_sft
+
+
+def main(
+    config: Annotated[str, typer.Option(help="YAML file; recipes/configs/cdpo has some.")],
+    data: Annotated[str, typer.Option(help="Demonstration records, e.g. what `align pair --positive` wrote.")],
+    output: Annotated[str, typer.Option(help="Folder of the trained adapter or model.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
+) -> None:
+    """Trains, and prints where the result is."""
+    try:
+        settings = read_config(config, set_)
+        counts = train_sft(settings.model, read_records(data, "demonstration"), output, **settings.methods.get("sft", {}))
+    except AlignError as error:
+        sys.exit(f"align: {error}")
+    print(f"{output}: {counts or 'was complete already'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
