@@ -40,7 +40,7 @@ class ChainConfig:
         pair: fields of `PairConfig`.
         contrastive: `args` (`trl.SFTConfig`) and `lora` (`peft.LoraConfig`) of the positive and negative model.
         score: `beta`, `max_length`, `max_tokens_per_batch`.
-        methods: per method of the table, `args` and `lora`.
+        methods: per method of the table, `args` and `lora`; `null` leaves a method out.
         evaluate: fields of `SampleConfig` for the test problems, and `ks` for pass@k and maj@k.
         inspect: `limit` of pairs on the page; `first_error: true` where each problem has one solution text.
     """
@@ -87,6 +87,7 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> ChainCo
         raise ConfigError(f"{path}: section {', '.join(missing)} is missing")
     if unknown := sorted(set(raw.get("methods", {})) - set(METHODS)):
         raise ConfigError(f"{path}: unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    raw["methods"] = {name: settings for name, settings in raw.get("methods", {}).items() if settings is not None}
     return ChainConfig(**raw)
 
 

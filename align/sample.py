@@ -161,15 +161,19 @@ def generate(
         eos_token_id=_end_ids(model, eos),
         stop_strings=list(config.stop) or None,
     )
+    # A checkpoint's own temperature, top-k or penalties would otherwise fill what is not set here.
+    own, model.generation_config = model.generation_config, GenerationConfig()
     with torch.inference_mode(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        output = model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            generation_config=options,
-            use_model_defaults=False,  # a checkpoint's own temperature or top-k would otherwise slip in
-            **({"tokenizer": tokenizer} if config.stop else {}),
-        )
+        try:
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=options,
+                **({"tokenizer": tokenizer} if config.stop else {}),
+            )
+        finally:
+            model.generation_config = own
     ended = [_end(tokenizer, ids, options.eos_token_id, config.stop) for ids in output[:, width:].tolist()]
     return [ended[i : i + config.n] for i in range(0, len(ended), config.n)]
 
