@@ -69,6 +69,7 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> ChainCo
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a mapping of sections is expected")
+    raw = json.loads(json.dumps(raw))  # YAML aliases are one object: a change to one section would change the other
     for override in overrides or ():
         name, separator, value = override.partition("=")
         *sections, last = name.split(".")

@@ -1,0 +1,29 @@
+"""Not a test: trains cDPO and prints the logged losses as JSON. Launched by test_distributed.py, by one process or two."""
+
+import json
+import sys
+
+from accelerate import PartialState
+from conftest import byte_level_tokenizer, random_pairs, tiny_llama
+from datasets import Dataset
+from peft import LoraConfig
+
+from align import CDPOConfig, CDPOTrainer
+
+out, aggregation = sys.argv[1:]
+args = CDPOConfig(
+    out, per_device_train_batch_size=4 // PartialState().num_processes, max_steps=10, bf16=False, report_to="none",
+    logging_steps=1, learning_rate=1e-3, gradient_checkpointing=False, use_cpu=True, save_strategy="no", disable_tqdm=True,
+    loss_aggregation=aggregation,
+)  # fmt: skip
+rows = random_pairs(16, columns=("ce_scores",))
+if aggregation == "position":  # averages over the padded width, so every batch must have the same one
+    rows = [row | {k: rows[1][k] for k in row if k != "id"} for row in rows]
+trainer = CDPOTrainer(
+    tiny_llama(), args=args, train_dataset=Dataset.from_list(rows), processing_class=byte_level_tokenizer(),
+    peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+)  # fmt: skip
+trainer.train()
+if PartialState().is_main_process:
+    keys = ("loss", "rewards/margins", "weights/rejected")
+    print("LOGGED", json.dumps([[entry[key] for key in keys] for entry in trainer.state.log_history if "loss" in entry]))

@@ -1,0 +1,134 @@
+"""The recipes and the command line, run as a user runs them, on a handful of problems; and every configuration read."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig
+
+from align.errors import ConfigError
+from align.pipeline import CDPOChain, read_config
+from align.problems import load_problems
+from align.records import read_records, write_records
+from align.trainers.training import PREFERENCE_TRAINERS, _arguments
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "recipes/configs").rglob("*.yaml"))
+TINY = ROOT / "recipes/configs/cdpo/tiny-arithmetic.yaml"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+SMALL = [
+    "train.limit=12", "test.limit=8", "sample.n=4", "contrastive.args.max_steps=2", "methods.sft.args.max_steps=1",
+    "methods.dpo.args.max_steps=2", "methods.cdpo.args.max_steps=2", "evaluate.n=2", "evaluate.ks=[2]",
+]  # fmt: skip
+
+
+def python(*command: str, ok: bool = True) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert not ok or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def align(*command: str, ok: bool = True) -> subprocess.CompletedProcess:
+    return python("-c", "from align.cli import main; main()", *map(str, command), ok=ok)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_is_understood(path, tmp_path):
+    """Each field reaches a class that knows it; nothing is downloaded."""
+    from trl import SFTConfig
+
+    config = read_config(path)
+    CDPOChain(config, tmp_path)
+    assert set(config.methods) == {"sft", "dpo", "cdpo"}
+    cpu = {"bf16": False, "use_cpu": True}
+    _arguments(SFTConfig, {**config.contrastive["args"], **cpu}, tmp_path)
+    LoraConfig(**config.contrastive["lora"])
+    for method, settings in config.methods.items():
+        cls = SFTConfig if method == "sft" else PREFERENCE_TRAINERS[method].config_class
+        _arguments(cls, {**settings["args"], **cpu}, tmp_path)
+        LoraConfig(**settings.get("lora") or {})
+    assert config.methods["dpo"] == config.methods["cdpo"]  # a fair baseline
+
+
+def test_mistakes_in_a_configuration_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="unknown section tset"):
+        read_config(TINY, ["tset.source=x"])
+    with pytest.raises(ConfigError, match="section.key=value"):
+        read_config(TINY, ["sample.n"])
+    with pytest.raises(ConfigError, match="unknown temprature"):
+        CDPOChain(read_config(TINY, ["sample.temprature=1"]), tmp_path)
+    with pytest.raises(ConfigError, match="lerning_rate: no field of CDPOConfig"):
+        _arguments(PREFERENCE_TRAINERS["cdpo"].config_class, {"lerning_rate": 1}, tmp_path)
+    methods = read_config(TINY, ["methods.cdpo.args.learning_rate=1e-9"]).methods
+    assert methods["cdpo"]["args"]["learning_rate"] == 1e-9 != methods["dpo"]["args"]["learning_rate"]  # an alias in the file
+
+
+def test_the_whole_chain_then_nothing_to_do_then_one_stage(tmp_path):
+    out = tmp_path / "run"
+    command = ["recipes/cdpo.py", "--config", str(TINY), "--output", str(out)]
+    flags = [word for value in SMALL for word in ("--set", value)]
+    shown = python(*command, *flags).stdout
+    for words in ("base", "SFT on the positive set", "DPO on the same pairs", "cDPO", "true first error", "pairs.html"):
+        assert words in shown
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["scores"]["cdpo"]["n"] == 8 and "maj@2" in summary["scores"]["base"]
+    assert summary["counts"]["sample"]["rows"] == 48
+    assert summary["lowest score is the first error"]["n"] == len(read_records(out / "scored.jsonl", "pair"))
+    assert "2411.19943" in (out / "cdpo" / "README.md").read_text()
+    assert not list(out.rglob("*.parts")) and not list(out.glob("*.training*"))
+    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*.jsonl")} | {out / m: (out / m).stat().st_mtime_ns for m in ("dpo", "cdpo")}
+    python(*command, *flags)
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+    python(*command, *flags, "--set", "methods.cdpo.args.learning_rate=1e-4")
+    changed = {str(p.relative_to(out)) for p, stamp in stamps.items() if p.stat().st_mtime_ns != stamp}
+    assert {"cdpo", "test/cdpo-samples.jsonl"} <= changed  # the verdicts depend on what was sampled
+    assert changed <= {"cdpo", "test/cdpo-samples.jsonl", "test/cdpo-verdicts.jsonl"}
+
+
+def test_the_command_line_and_the_baseline_recipes(tmp_path):
+    model = "data/tiny-arithmetic/model"
+    path = {name: tmp_path / f"{name}.jsonl" for name in ("problems", "samples", "verdicts", "pairs", "positive", "negative", "scored", "ref")}
+    write_records(path["problems"], load_problems(str(ROOT / "data/tiny-arithmetic/test.jsonl"), limit=10))
+    options = ["--model", model, "--dtype", "float32"]
+    align("sample", path["problems"], path["samples"], *options, "--n", 6, "--max-new-tokens", 80)
+    assert json.loads(align("verify", path["samples"], path["verdicts"]).stdout)["rows"] == 60
+    counts = json.loads(
+        align("pair", path["verdicts"], path["pairs"], "--positive", path["positive"], "--negative", path["negative"]).stdout
+    )
+    assert counts["pairs"] == len(read_records(path["pairs"], "pair")) > 0
+    assert "| pass@1" in align("evaluate", path["verdicts"], "--k", 3).stdout
+    for name in ("positive", "negative"):
+        python(
+            "recipes/sft.py", "--config", str(TINY), "--data", str(path[name]), "--output", str(tmp_path / "adapters" / name),
+            "--set", "methods.sft.args.max_steps=1", "--set", "methods.sft.lora={r: 4, target_modules: [up_proj]}",
+        )  # fmt: skip
+    adapters = ["--positive", tmp_path / "adapters" / "positive", "--negative", tmp_path / "adapters" / "negative"]
+    align("score", "contrastive", path["pairs"], path["scored"], *options, *adapters)
+    align("score", "reference", path["scored"], path["ref"], *options)
+    row = read_records(path["ref"], "pair")[0]
+    assert len(row["rejected_ce_scores"]) == len(row["rejected_ref_logps"]) == len(row["rejected_ids"])
+    align("inspect", path["ref"], tmp_path / "page.html", "--tokenizer", model, "--column", "ce_scores")
+    assert (tmp_path / "page.html").stat().st_size > 5000
+    python(
+        "recipes/dpo.py", "--config", str(TINY), "--data", str(path["ref"]), "--output", str(tmp_path / "dpo"),
+        "--set", "methods.dpo.args.max_steps=1",
+    )  # fmt: skip
+    assert (tmp_path / "dpo" / "model.safetensors").exists()
+
+
+def test_bad_input_is_one_line_and_no_traceback(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": "x"}\n')
+    for command in (["verify", tmp_path / "a.jsonl", tmp_path / "b.jsonl"], ["evaluate", tmp_path / "none.jsonl"]):
+        done = align(*command, ok=False)
+        assert done.returncode == 2 and done.stderr.startswith("align: ") and "Traceback" not in done.stderr
+    assert not (tmp_path / "b.jsonl").exists()
+    done = python("recipes/cdpo.py", "--config", str(tmp_path / "none.yaml"), "--output", str(tmp_path / "o"), ok=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "none.yaml" in done.stderr
+
+
+def test_help_does_not_wait_for_torch():
+    shown = python("-c", "import sys, align, align.cli; print('torch' in sys.modules)").stdout
+    assert shown.strip() == "False"
