@@ -58,9 +58,9 @@ def main(
     seed: int = 0,
     train_problems: int = 3000,
     test_problems: int = 1000,
-    steps: int = 2500,
+    steps: int = 1400,
     batch_size: int = 64,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 3e-3,
 ) -> None:
     """Makes the embedded task; about ten minutes on two CPU cores."""
     tokenizer = build_tokenizer()
