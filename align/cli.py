@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Annotated
 
@@ -25,7 +26,8 @@ MaxLength = Annotated[int | None, typer.Option(help="Leave out (and count) pairs
 
 
 def _print(counts: dict) -> None:
-    typer.echo(json.dumps(counts, indent=2, ensure_ascii=False))
+    if os.environ.get("RANK", "0") == "0":  # under accelerate, once
+        typer.echo(json.dumps(counts, indent=2, ensure_ascii=False))
 
 
 def _load(model: str, adapter: str | None, dtype: str, quantization: str | None, trust: bool):

@@ -4,57 +4,119 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import MissingColumnError, RecordError
-from .records import TOKEN_COLUMNS, Record, atomic_path, check_token_columns, row_name
+from .errors import ConfigError, MissingColumnError, RecordError
+from .records import TOKEN_COLUMNS, Record, atomic_path, check_ids, check_token_columns, row_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SIDES = ("chosen", "rejected")
 
-#: What the page says of each column.
+#: What the page says of each column, and which values its colour brings out.
 MEANINGS = {
-    "ce_scores": "contrastive probability s in [0, 1]: low = critical; cDPO weighs rejected tokens with 1 − s",
-    "weights": "weight of the token in the loss",
-    "guidance_logratios": "log-ratio of guide and reference, nats",
-    "ref_logps": "log-probability under the reference, nats",
+    "ce_scores": (
+        "low",
+        "Contrastive probability s in [0, 1]; low = critical. cDPO pushes rejected tokens down with the weight 1 − s, "
+        "so the low scores of rejected answers are where it acts.",
+    ),
+    "weights": ("high", "Weight of the token in the loss; high = counts more."),
+    "guidance_logratios": (
+        "diverging",
+        "Log-ratio of guide and reference in nats; below 0 the guide likes the token less than the reference does.",
+    ),
+    "ref_logps": ("low", "Log-probability under the reference in nats; low = surprising."),
 }
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """Text of each token, such that together they are the decoded text.
 
-    A character spread over several tokens stands at the last of them; the others are empty. Special tokens show by name.
+    A character spread over several tokens stands at the last of them, special tokens show by name, bytes that are no
+    character as U+FFFD.
+
+    Args:
+        tokenizer: the one that made the ids.
+        ids: token ids of one text.
+
+    Returns:
+        One text per id, possibly empty; joined, they equal `tokenizer.decode` of all ids without any clean-up.
     """
-    texts, done = [], 0
+    return _token_texts(_decoder(tokenizer), ids)
+
+
+def _decoder(tokenizer) -> Callable[[Sequence[int]], str]:
+    """Decodes ids; short runs, which recur all the time, are decoded once."""
+    known: dict[tuple[int, ...], str] = {(): ""}
+
+    def decode(ids: Sequence[int]) -> str:
+        key = tuple(ids)
+        text = known.get(key)
+        if text is None:
+            text = tokenizer.decode(list(key), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            if len(key) <= 3:
+                known[key] = text
+        return text
+
+    return decode
+
+
+def _token_texts(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> list[str]:
+    """Cuts the decoded text: `ends[k]` is how much of it is certain after token k, so the parts always join to it.
+
+    A token's own decoding is no guide (a leading space is stripped, a partial character is U+FFFD), so each is decoded
+    behind its predecessor, `ids[before:clean]`; after `clean` tokens nothing was open and `place` characters were done.
+    """
+    full = decode(ids)
+    ends: list[int] = []
+    before = clean = place = 0
     for end in range(1, len(ids) + 1):
-        # A few ids back are enough context, and keep the cost linear.
-        start = max(0, done - 8)
-        before = _decode(tokenizer, ids[start:done])
-        text = _decode(tokenizer, ids[start:end])
-        if text.endswith("\ufffd") and end < len(ids) and end - done < 8:
-            texts.append("")
-            continue
-        texts.append(text[len(before) :] if text.startswith(before) else _decode(tokenizer, ids[done:end]))
-        done = end
-    return texts
+        context, text = decode(ids[before:clean]), decode(ids[before:end])
+        if end - clean > 16:  # lost, which keeps the window from growing: ask for the whole beginning once
+            context, text = full[:place], decode(ids[:end])
+        new = text[len(context) :] if text.startswith(context) else ""
+        certain = new.rstrip("\ufffd")
+        sure = place + len(os.path.commonprefix([certain, full[place : place + len(certain)]]))
+        if text.startswith(context) and new == certain and sure == place + len(certain):
+            _give_replacements(full, ends, clean)
+            before, clean, place = clean, end, sure
+        elif end - clean > 16:
+            before, clean, place = end - 1, end, max(sure, ends[-1])
+        ends.append(max(sure, ends[-1] if ends else 0))
+    if ends:
+        _give_replacements(full, ends, clean)
+        ends[-1] = len(full)
+    return [full[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _decode(tokenizer, ids: Sequence[int]) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""
+def _give_replacements(full: str, ends: list[int], clean: int) -> None:
+    """Tokens after `clean` whose bytes turned out to be no character: each is given one U+FFFD, in their order."""
+    place = ends[clean - 1] if clean else 0
+    for index in range(clean, len(ends)):
+        place = max(place, ends[index])
+        place += full.startswith("\ufffd", place)
+        ends[index] = place
 
 
-def histogram(values: Sequence[float], bins: int = 20, low: float | None = None, high: float | None = None) -> list[int]:
-    """Counts of values in `bins` equal steps from `low` to `high` (their range by default); the last step is closed."""
+def histogram(
+    values: Sequence[float], bins: int = 20, low: float | None = None, high: float | None = None
+) -> list[int]:
+    """Counts of values in equal steps.
+
+    Args:
+        values: the numbers.
+        bins: number of steps.
+        low, high: where the first step begins and the last one ends (closed); the values' range by default. A value
+            outside counts in the nearest step.
+    """
+    counts = [0] * bins
     if not values:
-        return [0] * bins
+        return counts
     low = min(values) if low is None else low
     high = max(values) if high is None else high
-    counts = [0] * bins
     for value in values:
         place = int((value - low) / (high - low) * bins) if high > low else 0
         counts[min(max(place, 0), bins - 1)] += 1
@@ -62,14 +124,24 @@ def histogram(values: Sequence[float], bins: int = 20, low: float | None = None,
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a Markdown table whose columns line up in a terminal, too."""
+    """Rows as a Markdown table whose columns line up in a terminal, too.
+
+    Args:
+        rows: cells by column name; the columns are those of all rows, in order of first appearance.
+    """
     if not rows:
         return ""
-    header = list(rows[0])
-    cells = [header, *([str(row.get(column, "")) for column in header] for row in rows)]
+    header = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [header, *([_cell(row.get(column, "")) for column in header] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
+    head, *body = [f"| {' | '.join(line)} |" for line in padded]
+    return "\n".join([head, f"|{'|'.join('-' * (width + 2) for width in widths)}|", *body])
+
+
+def _cell(value: Any) -> str:
+    """A bar or a line break inside a cell would break the table."""
+    return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def inspect_pairs(
@@ -80,7 +152,7 @@ def inspect_pairs(
     columns: Sequence[str] | None = None,
     limit: int | None = 1000,
     title: str = "align: pairs",
-    summary: Sequence[Mapping[str, Any]] = (),
+    summary: Sequence[Mapping[str, Any]] | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes one HTML page, self-contained and without a request to anywhere: tokens coloured by a token-level column.
@@ -90,72 +162,139 @@ def inspect_pairs(
             is one, is marked.
         tokenizer: the one that made the ids; text is decoded, never tokenized.
         out_path: the page; it appears whole or not at all.
-        columns: token-level columns to choose from on the page, without their side; all present ones by default.
-        limit: at most so many pairs.
+        columns: token-level columns to choose from on the page, without their side, the one shown first in front; all
+            present ones by default.
+        limit: shows the first so many pairs, all with `None`; histograms and shares are over all pairs in any case.
+        title: heading of the page.
         summary: rows of a table at the top.
         facts: names and values at the top.
 
+    Returns:
+        `out_path`.
+
     Raises:
-        MissingColumnError: no pair has a token-level column.
-        RecordError: there are no pairs, or a column's length differs from its ids'.
+        MissingColumnError: no pair has a token-level column, or a pair lacks its prompt or ids.
+        RecordError: there are no pairs, a column's length differs from its ids', or `first_error` is no index.
+        ConfigError: `limit` is below 1.
+        RecordFileError: the page cannot be written.
     """
     if not pairs:
         raise RecordError("there are no pairs to show; score some first")
-    wanted = list(columns or TOKEN_COLUMNS)
-    present = [c for c in wanted if any(pair.get(f"{side}_{c}") is not None for pair in pairs for side in SIDES)]
-    if not present:
-        raise MissingColumnError(
-            f"none of the columns {', '.join(f'chosen_{c} / rejected_{c}' for c in wanted)} is there; make one with `align score`"
-        )
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit={limit} would show no pair; give at least 1, or None for all")
+    present = _present_columns(pairs, [columns] if isinstance(columns, str) else columns)
     for index, pair in enumerate(pairs):
-        check_token_columns(pair, row_name(pair, index), present)
-    shown = list(pairs[:limit])
+        _check_pair(pair, row_name(pair, index), present)
+    decode, vocabulary = _decoder(tokenizer), {}
     data = {
         "columns": [_column(pairs, column) for column in present],
-        "pairs": [_page_row(pair, tokenizer, present) for pair in shown],
+        "pairs": [_page_row(pair, decode, vocabulary, present) for pair in pairs[:limit]],
         "total": len(pairs),
     }
-    from jinja2 import Environment, PackageLoader
-
-    template = Environment(loader=PackageLoader("align"), autoescape=True).get_template("inspect.html.jinja")
-    page = template.render(title=title, data=_script_safe(data), summary=list(summary), facts=dict(facts or {}))
+    special = set(tokenizer.all_special_ids)
+    data["vocabulary"] = [[token_id, text, int(token_id in special)] for token_id, text in vocabulary]
+    page = _render(
+        title=title, data=_script_safe(data), shown=len(data["pairs"]), total=len(pairs), facts=dict(facts or {}),
+        summary=list(summary or ()), header=list(dict.fromkeys(name for row in summary or () for name in row)),
+    )  # fmt: skip
     out_path = Path(out_path)
     with atomic_path(out_path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return out_path
 
 
-def _script_safe(data: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e").replace("\u2028", "\\u2028")
+def _present_columns(pairs: Sequence[Record], columns: Sequence[str] | None) -> list[str]:
+    wanted = list(TOKEN_COLUMNS if columns is None else columns)
+
+    def present(names: Sequence[str]) -> list[str]:
+        return [c for c in names if any(pair.get(f"{side}_{c}") is not None for pair in pairs for side in SIDES)]
+
+    if found := present(wanted):
+        return found
+    there = present(TOKEN_COLUMNS)
+    remedy = f"there are {', '.join(there)}" if there else "make one with `align score`"
+    raise MissingColumnError(
+        f"none of the columns {', '.join(f'chosen_{c} / rejected_{c}' for c in wanted)} is there; {remedy}"
+    )
+
+
+def _check_pair(pair: Mapping[str, Any], name: str, columns: Sequence[str]) -> None:
+    for column in ("id", "prompt", "chosen_ids", "rejected_ids"):
+        if pair.get(column) is None:
+            raise MissingColumnError(f"{name}: column {column!r} is missing; give pairs as `align pair` writes them")
+    for side in SIDES:
+        check_ids(pair[f"{side}_ids"], f"{side}_ids", name)
+    check_token_columns(pair, name, columns)
+    error = pair.get("first_error")
+    if error is not None and not (isinstance(error, int) and 0 <= error < len(pair["rejected_ids"])):
+        raise RecordError(
+            f"{name}: first_error {error!r} is no index into the {len(pair['rejected_ids'])} rejected_ids; "
+            "count from 0, and leave it out where it is unknown"
+        )
 
 
 def _column(pairs: Sequence[Record], column: str) -> dict[str, Any]:
+    """What the header of the page says of a column."""
     values = {side: [v for pair in pairs for v in pair.get(f"{side}_{column}") or ()] for side in SIDES}
-    everything = sorted(values["chosen"] + values["rejected"])
+    everything = sorted(values["chosen"] + values["rejected"]) or [0.0]
+    scale, meaning = MEANINGS.get(column, ("low", ""))
     if column == "ce_scores":
         low, high = 0.0, 1.0
     else:  # a few extreme tokens would leave the rest without contrast
         low, high = everything[len(everything) // 100], everything[-1 - len(everything) // 100]
+    if scale == "diverging":  # 0 is the middle of the scale, whatever the values
+        high = max(abs(low), abs(high)) or 1.0
+        low = -high
+    known = [(pair.get(f"rejected_{column}"), pair.get("first_error")) for pair in pairs]
+    known = [(scores, error) for scores, error in known if scores and error is not None]
     return {
         "name": column,
-        "meaning": MEANINGS.get(column, ""),
+        "meaning": meaning,
+        "scale": scale,
         "low": low,
         "high": high,
-        "diverging": column == "guidance_logratios",
-        "histogram": {side: histogram(values[side], 20, low, high) for side in SIDES},
+        "clipped": everything[0] < low or everything[-1] > high,
+        "histogram": {side: histogram(values[side], 24, low, high) for side in SIDES},
+        "first_error": [sum(scores.index(min(scores)) == error for scores, error in known), len(known)],
     }
 
 
-def _page_row(pair: Record, tokenizer, columns: Sequence[str]) -> dict[str, Any]:
+def _page_row(pair: Record, decode, vocabulary: dict[tuple[int, str], int], columns: Sequence[str]) -> dict[str, Any]:
+    """A pair as the page has it. A token is its place in `vocabulary`, which grows: ids and texts recur."""
     prompt = pair["prompt"]
     if not isinstance(prompt, str):
-        prompt = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-    row: dict[str, Any] = {"id": pair["id"], "prompt": prompt, "first_error": pair.get("first_error")}
+        prompt = [[str(message["role"]), _content(message["content"])] for message in prompt]
+    row: dict[str, Any] = {"id": str(pair["id"]), "prompt": prompt}
+    if pair.get("first_error") is not None:
+        row["first_error"] = pair["first_error"]
     for side in SIDES:
         ids = pair[f"{side}_ids"]
-        row[side] = {"ids": list(ids), "texts": token_texts(tokenizer, ids)} | {
-            column: [round(v, 5) for v in pair[f"{side}_{column}"]] for column in columns if pair.get(f"{side}_{column}") is not None
-        }
+        tokens = zip(ids, _token_texts(decode, ids), strict=True)
+        row[side] = {"tokens": [vocabulary.setdefault(token, len(vocabulary)) for token in tokens]}
+        for column in columns:
+            values = pair.get(f"{side}_{column}")
+            if values:
+                # Found before the digits are cut, or it would not be the token that the share above counts.
+                row[side][column] = {"values": [float(f"{v:.5g}") for v in values], "lowest": values.index(min(values))}
     return row
+
+
+def _content(content: Any) -> str:
+    if isinstance(content, list):  # of parts, as multimodal chat templates have them
+        return "\n".join(_content(part.get("text", part) if isinstance(part, dict) else part) for part in content)
+    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+
+
+def _script_safe(data: Any) -> str:
+    """JSON that cannot end the script element it stands in, nor open a comment there."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace").decode()
+    for character in "&<>\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _render(**values: Any) -> str:
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(loader=PackageLoader("align"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("inspect.html.jinja").render(**values)

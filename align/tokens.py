@@ -84,25 +84,34 @@ def encode_completion(
     if isinstance(prompt, str):
         raise RecordError(f"{name} is chat messages, but its prompt is text; give both as text or both as messages")
     ids = _chat_ids(tokenizer, [*prompt, *completion], name)
-    if ids[: len(prompt_ids)] != prompt_ids or len(ids) == len(prompt_ids):
+    if ids[: len(prompt_ids)] == prompt_ids and len(ids) > len(prompt_ids):
+        return ids[len(prompt_ids) :]
+    # Leading white space of an answer can merge with the template's last line; the rest of the text is then tokenized.
+    before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+    if not whole.startswith(before) or len(whole) == len(before):
         raise RecordError(
             f"{name}: the chat template renders the prompt differently when an answer follows (or leaves the answer "
             "out), so there is no boundary between them; use a template whose generation prompt is a prefix of the "
             "whole conversation, or give prompt and completions as text"
         )
-    return ids[len(prompt_ids) :]
+    return _apart(tokenizer, prompt_ids, before, whole[len(before) :], whole, [], name)
 
 
 def _text_completion_ids(tokenizer, prompt: str, completion: str, prompt_ids: list[int], name: str) -> list[int]:
     together = list(tokenizer(prompt + completion)["input_ids"])
     if together[-1:] == [tokenizer.eos_token_id] and not completion.endswith(tokenizer.eos_token):
         together = together[:-1]
-    text = _decode(tokenizer, together)
-    candidates = []
-    if together[: len(prompt_ids)] == prompt_ids:
-        candidates.append(together[len(prompt_ids) :])
-    # Tokens merge across the boundary. Tokenizers that put a space before every text need a first line to hold it.
+    candidates = [together[len(prompt_ids) :]] if together[: len(prompt_ids)] == prompt_ids else []
+    return _apart(tokenizer, prompt_ids, prompt, completion, _decode(tokenizer, together), candidates, name)
+
+
+def _apart(
+    tokenizer, prompt_ids: list[int], prompt: str, completion: str, text: str, candidates: list[list[int]], name: str
+) -> list[int]:
+    """The first way of tokenizing a completion apart from its prompt that decodes, with the prompt's ids, to `text`."""
     candidates.append(list(tokenizer(completion, add_special_tokens=False)["input_ids"]))
+    # Tokenizers that put a space before every text need a first line to hold it.
     held = list(tokenizer("\n" + completion, add_special_tokens=False)["input_ids"])
     first = list(tokenizer("\n", add_special_tokens=False)["input_ids"])
     if held[: len(first)] == first:

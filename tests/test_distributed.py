@@ -29,3 +29,17 @@ def test_two_processes_log_the_losses_of_one(tmp_path, aggregation):
     assert len(logged[0]) == 10
     for one, two in zip(*logged, strict=True):
         assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
+
+
+def test_two_processes_sample_the_rows_of_one(tmp_path):
+    from align.records import read_records
+
+    rows = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.jsonl"
+        launch(
+            processes, "-m", "align", "sample", "data/tiny-arithmetic/test.jsonl", str(out), "--model", "data/tiny-arithmetic/model",
+            "--dtype", "float32", "--limit", "12", "--n", "2", "--batch-size", "6", "--max-new-tokens", "20", port=29610 + processes,
+        )  # fmt: skip
+        rows.append(read_records(out, "sample"))
+    assert len(rows[0]) == 24 and rows[0] == rows[1]

@@ -173,6 +173,28 @@ def test_all_one_weights_equal_trl(tmp_path, model_dir, tokenizer, loss, lora):
     assert abs(logs[0][-1]["loss"] - logs[0][0]["loss"]) > 1e-4  # something was trained
 
 
+def test_qlora_equals_trl(tmp_path, model_dir, tokenizer):
+    """A 4-bit base: the same losses as TRL's trainer on it, weights of 1; and weights change them."""
+    pytest.importorskip("bitsandbytes")
+    from align.models import load_model
+
+    pairs = random_pairs(8, columns=("weights",))
+    runs = []
+    for cls, config, ones in ((DPOTrainer, DPOConfig, True), (TokenDPOTrainer, TokenDPOConfig, True), (TokenDPOTrainer, TokenDPOConfig, False)):
+        rows = [p | {f"{s}_weights": [1.0] * len(p[f"{s}_ids"]) for s in ("chosen", "rejected")} if ones else p for p in pairs]
+        model = load_model(model_dir, dtype="float32", quantization="4bit")
+        if cls is DPOTrainer:  # it tokenizes whatever it is given, so its preparation is set aside
+            cls = type("IdsDPOTrainer", (DPOTrainer,), {"_prepare_dataset": lambda self, dataset, *_: dataset})
+        trainer = cls(
+            model, args=config(**options(tmp_path, max_steps=2)), train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer, peft_config=LoraConfig(**LORA),
+        )  # fmt: skip
+        trainer.train()
+        runs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert runs[1] == pytest.approx(runs[0], rel=1e-6)
+    assert abs(runs[2][0] - runs[0][0]) > 1e-4
+
+
 def test_sft_term_stays_unweighted(tmp_path, model_dir, tokenizer):
     policy, _ = separate_reference(model_dir)
     pairs = random_pairs(4, columns=("weights", "ref_logps"))

@@ -1,5 +1,7 @@
 """The boundary of prompt and completion: stored ids decode to what the model sees, for three kinds of tokenizer."""
 
+import os
+
 import pytest
 import torch
 from conftest import byte_level_tokenizer, llama_tokenizer
@@ -112,3 +114,27 @@ def test_label_position_of_a_completion_token():
     assert truncate(label_values(values, 3), 4) == [0, 0, 0, 0.1]
     assert truncate(label_values(values, 3), 4, "keep_end") == [0, 0.1, 0.2, 0.3]
     assert rows.dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_real_chat_model():
+    """With SmolLM2-135M-Instruct (or another ChatML model) in the folder ALIGN_SMOLLM2."""
+    from align.models import load_tokenizer
+
+    folder = os.environ.get("ALIGN_SMOLLM2")
+    if not folder:
+        pytest.skip("set ALIGN_SMOLLM2 to a folder with SmolLM2-135M-Instruct")
+    tokenizer = load_tokenizer(folder)
+    prompt = [{"role": "user", "content": "How many is 16 - 3 - 4?"}]
+    row = {"prompt": prompt, "chosen": "16 - 3 - 4 = <<16-3-4=9>>9 🦆", "rejected": "  10\n"}
+    ids = encode_pair(tokenizer, row, "row")
+    for side in ("chosen", "rejected"):
+        seen = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": row[side]}], tokenize=False)
+        assert decode(tokenizer, ids["prompt_ids"] + ids[f"{side}_ids"]) == seen
+        assert tokenizer.eos_token_id in ids[f"{side}_ids"]
+    generation = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    assert decode(tokenizer, ids["prompt_ids"]) == generation
+    for text_prompt, completion in TEXTS:
+        prompt_ids = encode_prompt(tokenizer, text_prompt)
+        whole = prompt_ids + encode_completion(tokenizer, text_prompt, completion, prompt_ids)
+        assert decode(tokenizer, whole) == text_prompt + completion + tokenizer.eos_token
