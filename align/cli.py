@@ -71,9 +71,17 @@ def sample(
     from .problems import load_problems
     from .sample import SampleConfig, sample_completions
 
-    config = SampleConfig(n, temperature, top_p, top_k, max_new_tokens, max_prompt_length, tuple(stop or ()), seed, batch_size)
+    config = SampleConfig(
+        n, temperature, top_p, top_k, max_new_tokens, max_prompt_length, tuple(stop or ()), seed, batch_size
+    )
     rows = load_problems(
-        problems, split=split, subset=subset, limit=limit, prompt_template=prompt_template, chat=chat, system_prompt=system_prompt
+        problems,
+        split=split,
+        subset=subset,
+        limit=limit,
+        prompt_template=prompt_template,
+        chat=chat,
+        system_prompt=system_prompt,
     )
     loaded, tokenizer, identity = _load(model, adapter, dtype, quantization, trust_remote_code)
     _print(sample_completions(loaded, tokenizer, rows, out, config, identity))
@@ -205,7 +213,9 @@ def inspect(
     pairs: str,
     out: Annotated[str, typer.Argument(help="HTML page to write.")],
     tokenizer: Annotated[str, typer.Option(help="Hub name or folder of the tokenizer that made the ids.")],
-    column: Annotated[list[str] | None, typer.Option(help="Token-level column without its side, e.g. ce_scores.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="Token-level column without its side, e.g. ce_scores.")
+    ] = None,
     limit: int = 1000,
     title: str = "align: pairs",
     trust_remote_code: Trust = False,

@@ -24,7 +24,9 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
         ConfigError: k exceeds n.
     """
     if not 1 <= k <= n:
-        raise ConfigError(f"pass@{k} needs at least {k} completions of every problem, one has {n}; sample more or lower k")
+        raise ConfigError(
+            f"pass@{k} needs at least {k} completions of every problem, one has {n}; sample more or lower k"
+        )
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
@@ -37,7 +39,9 @@ def majority_at_k(verdicts: Sequence[Record], k: int) -> float:
         ConfigError: k exceeds the number of draws.
     """
     if not 1 <= k <= len(verdicts):
-        raise ConfigError(f"maj@{k} needs {k} completions of every problem, one has {len(verdicts)}; sample more or lower k")
+        raise ConfigError(
+            f"maj@{k} needs {k} completions of every problem, one has {len(verdicts)}; sample more or lower k"
+        )
     draws = sorted(verdicts, key=lambda row: row["sample"])[:k]
     votes = Counter(answer for row in draws if (answer := canonical_answer(row["extracted"])) is not None)
     if not votes:

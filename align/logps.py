@@ -102,11 +102,15 @@ def per_token(
 
     unique = {(tuple(prompt), tuple(completion)): None for prompt, completion in rows}
     todo = list(unique)
-    for batch in batches_by_length([len(prompt) + len(completion) for prompt, completion in todo], max_tokens_per_batch):
+    for batch in batches_by_length(
+        [len(prompt) + len(completion) for prompt, completion in todo], max_tokens_per_batch
+    ):
         batch_rows = [todo[i] for i in batch]
         with torch.inference_mode():
             numbers = compute(batch_rows).float().cpu()
-        for row, values in zip(batch_rows, numbers.split([len(completion) for _, completion in batch_rows]), strict=True):
+        for row, values in zip(
+            batch_rows, numbers.split([len(completion) for _, completion in batch_rows]), strict=True
+        ):
             unique[row] = values.tolist()
     return [unique[(tuple(prompt), tuple(completion))] for prompt, completion in rows]
 

@@ -32,7 +32,9 @@ def quantization_config(quantization: str | None, dtype: str = "bfloat16") -> Bi
     import importlib.util
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"quantization {quantization!r} needs bitsandbytes; install the extra: pip install 'align[qlora]'")
+        raise ConfigError(
+            f"quantization {quantization!r} needs bitsandbytes; install the extra: pip install 'align[qlora]'"
+        )
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -76,7 +78,11 @@ def load_model(
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
     process = PartialState()
-    kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype), "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    kwargs: dict[str, Any] = {
+        "dtype": getattr(torch, dtype),
+        "use_safetensors": True,
+        "trust_remote_code": trust_remote_code,
+    }
     quantized = quantization_config(quantization, dtype)
     if quantized is not None:
         kwargs |= {"quantization_config": quantized, "device_map": {"": process.device}}
@@ -128,7 +134,9 @@ def base_fingerprint(model: PreTrainedModel | PeftModel) -> str:
     return digest.hexdigest()
 
 
-def write_base_file(adapter_dir: str | Path, model: PreTrainedModel | PeftModel, fingerprint: str | None = None) -> None:
+def write_base_file(
+    adapter_dir: str | Path, model: PreTrainedModel | PeftModel, fingerprint: str | None = None
+) -> None:
     """Writes beside a trained adapter which base it belongs to, for `load_adapters` to check."""
     base = {"name": model.config._name_or_path, "fingerprint": fingerprint or base_fingerprint(model)}
     with atomic_path(Path(adapter_dir) / BASE_FILE) as temporary:
@@ -178,7 +186,9 @@ def _check_base_file(path: str, fingerprint: str, model: PreTrainedModel) -> Non
         base = json.loads(file.read_text(encoding="utf-8"))
         recorded, name = base["fingerprint"], base["name"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelMismatchError(f"{file}: not readable ({error}); delete it to skip this check, or train again") from None
+        raise ModelMismatchError(
+            f"{file}: not readable ({error}); delete it to skip this check, or train again"
+        ) from None
     if recorded != fingerprint:
         raise ModelMismatchError(
             f"adapter {path} was trained on {name}, whose weights differ from those of {model.config._name_or_path}; "

@@ -150,7 +150,9 @@ class CDPOChain:
             return load_model(**{**settings, "path": str(adapter)}), tokenizer
         return load_model(**settings, adapter=str(adapter) if adapter else None), tokenizer
 
-    def _sample(self, problems: list[Record], path: Path, config: SampleConfig, adapter: Path | None = None) -> dict[str, int]:
+    def _sample(
+        self, problems: list[Record], path: Path, config: SampleConfig, adapter: Path | None = None
+    ) -> dict[str, int]:
         from .models import model_identity
 
         identity = {"model": model_identity(self.config.model["path"]), "options": _options(self.config.model)}
@@ -177,24 +179,31 @@ class CDPOChain:
         """Trains the two contrastive models, scores the pairs under both, and adds reference log-probabilities."""
         from .models import load_adapters, load_model, load_tokenizer, model_identity
         from .scoring.contrastive import score_contrastive
+        from .scoring.pairs import score_settings
         from .scoring.reference import score_reference
         from .trainers.training import train_sft
 
         adapters = {}
         for name in ("positive", "negative"):
             adapters[name] = str(self.out / "contrastive" / name)
-            train_sft(self.config.model, read_records(self.out / f"{name}.jsonl"), adapters[name], **self.config.contrastive)
+            train_sft(
+                self.config.model, read_records(self.out / f"{name}.jsonl"), adapters[name], **self.config.contrastive
+            )
         identity = {"model": model_identity(self.config.model["path"]), "options": _options(self.config.model)}
-        pad = load_tokenizer(self.config.model["path"]).pad_token_id
-        options = {k: v for k, v in self.config.score.items() if k != "beta"} | {"pad_token_id": pad}
+        options = {k: v for k, v in self.config.score.items() if k != "beta"}
+        longest, beta = options.get("max_length"), self.config.score.get("beta", 1.0)
+        referenced, scored = self.out / "referenced.jsonl", self.out / "scored.jsonl"
+        pairs = read_records(self.out / "pairs.jsonl")
+        both = identity | {name: model_identity(path) for name, path in adapters.items()}
+        if is_complete(referenced, "score reference", score_settings(pairs, longest, identity)):
+            settings = score_settings(read_records(referenced), longest, {"beta": beta, **both})
+            if is_complete(scored, "score contrastive", settings):
+                return read_manifest(scored)["counts"]  # before a model is loaded for nothing
         model = load_model(**self.config.model)
-        score_reference(model, read_records(self.out / "pairs.jsonl"), self.out / "referenced.jsonl", settings=identity, **options)
+        options["pad_token_id"] = load_tokenizer(self.config.model["path"]).pad_token_id
+        score_reference(model, pairs, referenced, settings=identity, **options)
         model = load_adapters(model, adapters)
-        identity |= {name: model_identity(path) for name, path in adapters.items()}
-        return score_contrastive(
-            model, read_records(self.out / "referenced.jsonl"), self.out / "scored.jsonl", settings=identity,
-            beta=self.config.score.get("beta", 1.0), **options,
-        )  # fmt: skip
+        return score_contrastive(model, read_records(referenced), scored, settings=both, beta=beta, **options)
 
     def train(self, method: str) -> dict[str, Any]:
         """Trains one method of the table."""
@@ -217,8 +226,17 @@ class CDPOChain:
     def report(self, scores: dict[str, dict], counts: dict[str, Any]) -> dict[str, Any]:
         """Writes `summary.json` and `pairs.html`."""
         table = [
-            {"method": METHODS.get(method, method), "accuracy [95 %]": format_interval(score["pass@1"]), "n": score["n"]}
-            | {f"{kind}@{k}": format_interval(score[f"{kind}@{k}"]) for k in self.ks if k > 1 for kind in ("pass", "maj")}
+            {
+                "method": METHODS.get(method, method),
+                "accuracy [95 %]": format_interval(score["pass@1"]),
+                "n": score["n"],
+            }
+            | {
+                f"{kind}@{k}": format_interval(score[f"{kind}@{k}"])
+                for k in self.ks
+                if k > 1
+                for kind in ("pass", "maj")
+            }
             for method, score in scores.items()
         ]
         summary = {"table": table, "scores": scores, "counts": counts}
@@ -239,7 +257,9 @@ class CDPOChain:
         share = None
         if self.config.inspect.get("first_error"):
             share = mark_first_errors(pairs, tokenizer)
-        facts = {} if share is None else {"lowest score is the true first error": f"{share['share']:.1%} of {share['n']}"}
+        facts = (
+            {} if share is None else {"lowest score is the true first error": f"{share['share']:.1%} of {share['n']}"}
+        )
         inspect_pairs(
             pairs, tokenizer, self.out / "pairs.html", title="cDPO: critical tokens", summary=table, facts=facts,
             columns=["ce_scores", "ref_logps"], limit=self.config.inspect.get("limit", 300),
@@ -258,7 +278,9 @@ def mark_first_errors(pairs: list[Record], tokenizer) -> dict[str, float]:
 
     hits = []
     for row in pairs:
-        solution = encode_completion(tokenizer, row["prompt"], row["solution"], row["prompt_ids"], f"pair {row['id']!r}: solution")
+        solution = encode_completion(
+            tokenizer, row["prompt"], row["solution"], row["prompt_ids"], f"pair {row['id']!r}: solution"
+        )
         row["first_error"] = first_error(row["rejected_ids"], solution)
         scores = row["rejected_ce_scores"]
         hits.append(scores.index(min(scores)) == row["first_error"])

@@ -80,7 +80,11 @@ def _to_problem(row: Record, index: int, source: str, split: str) -> Record:
             f"{name}: no answer; one of the columns {', '.join(ANSWER_COLUMNS)}, or a solution ending in "
             "'#### answer' or \\boxed{answer}, is needed"
         )
-    problem = {"id": str(row["id"]) if row.get("id") is not None else f"{split}-{index}", "prompt": prompt, "answer": answer}
+    problem = {
+        "id": str(row["id"]) if row.get("id") is not None else f"{split}-{index}",
+        "prompt": prompt,
+        "answer": answer,
+    }
     return problem | ({"solution": solution} if solution else {})
 
 

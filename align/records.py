@@ -215,10 +215,14 @@ def check_token_columns(row: Mapping[str, Any], name: str, columns: Sequence[str
             if not isinstance(values, (list, tuple)):
                 raise RecordError(f"{name}: {full} must be a list of numbers, got {type(values).__name__}")
             if len(values) != len(ids):
-                raise RecordError(f"{name}: {full} has {len(values)} numbers for {len(ids)} ids{_hint(row, values, ids)}")
+                raise RecordError(
+                    f"{name}: {full} has {len(values)} numbers for {len(ids)} ids{_hint(row, values, ids)}"
+                )
             for position, value in enumerate(values):
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                    raise RecordError(f"{name}: {full}[{position}] = {value!r} is no finite number; remove or mend the row")
+                    raise RecordError(
+                        f"{name}: {full}[{position}] = {value!r} is no finite number; remove or mend the row"
+                    )
                 if column == "ce_scores" and not 0.0 <= value <= 1.0:
                     raise RecordError(f"{name}: {full}[{position}] = {value!r} is no probability; scores lie in [0, 1]")
 

@@ -120,7 +120,9 @@ def sample_completions(
     )
 
 
-def sample_settings(problems: Sequence[Record], config: SampleConfig, settings: dict[str, Any] | None) -> dict[str, Any]:
+def sample_settings(
+    problems: Sequence[Record], config: SampleConfig, settings: dict[str, Any] | None
+) -> dict[str, Any]:
     """What the output of `sample_completions` depends on; with it `stages.is_complete` tells whether there is work left."""
     return {**asdict(config), **(settings or {}), "problems": records_hash(problems)}
 

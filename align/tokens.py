@@ -148,7 +148,9 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], name
     """
     for column in ("chosen", "rejected"):
         if row.get(column) is None:
-            raise MissingColumnError(f"{name}: column {column!r} is missing; a preference row has prompt, chosen, rejected")
+            raise MissingColumnError(
+                f"{name}: column {column!r} is missing; a preference row has prompt, chosen, rejected"
+            )
     if row.get("prompt") is None:
         if isinstance(row["chosen"], str):
             raise MissingColumnError(f"{name}: column 'prompt' is missing; text completions need it")
@@ -175,7 +177,9 @@ def check_pair_ids(row: Mapping[str, Any], index: int, vocab_size: int) -> None:
     name = row_name(row, index)
     for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
         if row.get(column) is None:
-            raise MissingColumnError(f"{name}: column {column!r} is missing; a pair has prompt_ids, chosen_ids, rejected_ids")
+            raise MissingColumnError(
+                f"{name}: column {column!r} is missing; a pair has prompt_ids, chosen_ids, rejected_ids"
+            )
         if len(row[column]) == 0:
             raise RecordError(f"{name}: {column} is empty; remove the row")
         check_ids(row[column], column, name, vocab_size)

@@ -55,7 +55,12 @@ def extract_answer(text: str) -> tuple[str | None, str | None]:
         The answer and the name of the rule; both `None` where nothing is found. Never raises, whatever the text.
     """
     text = text[-SEARCHED_TAIL:]
-    for rule, find in (("hash", _find_hash), ("boxed", _find_boxed), ("answer_is", _find_answer_is), ("last_number", _find_number)):
+    for rule, find in (
+        ("hash", _find_hash),
+        ("boxed", _find_boxed),
+        ("answer_is", _find_answer_is),
+        ("last_number", _find_number),
+    ):
         answer = find(text)
         if answer:
             return answer, rule
@@ -157,7 +162,12 @@ def _explodes(expression: str) -> bool:
     """Whether evaluating the expression could take forever: towers of powers, huge exponents, factorials of factorials."""
     powers = re.findall(r"(?:\^|\*\*)\s*[{(]?\s*(-?\d*)", expression)
     towers = re.search(r"(?:\^|\*\*)\s*[{(]?\s*[\w.]+\s*(?:\^|\*\*)", expression) is not None
-    return towers or any(len(power) > 3 for power in powers) or expression.count("!") > 1 or bool(re.search(r"\d{3,}\s*!", expression))
+    return (
+        towers
+        or any(len(power) > 3 for power in powers)
+        or expression.count("!") > 1
+        or bool(re.search(r"\d{3,}\s*!", expression))
+    )
 
 
 def _math_verify(extracted: str, reference: str) -> bool:

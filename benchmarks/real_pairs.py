@@ -25,7 +25,11 @@ from align.scoring.contrastive import score_contrastive
 from align.tokens import encode_pair
 from align.trainers.training import train_preference, train_sft
 
-LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+LORA = {
+    "r": 16,
+    "lora_alpha": 32,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
 
 
 def make_pairs(solutions: Path, tokenizer, count: int) -> list[Record]:
@@ -67,14 +71,22 @@ def main(
     tokenizer = load_tokenizer(model)
     rows = make_pairs(solutions, tokenizer, pairs)
     write_records(out / "pairs.jsonl", rows)
-    common = {"bf16": False, "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no", "per_device_train_batch_size": batch_size}
+    common = {
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "per_device_train_batch_size": batch_size,
+    }
     adapters = {}
     for name, side in (("positive", "chosen"), ("negative", "rejected")):
         adapters[name] = str(out / name)
         args = {**common, "learning_rate": 3e-4, "max_steps": contrastive_steps, "max_length": 1024}
         train_sft(base, demonstrations(rows, side), adapters[name], args=args, lora={**LORA, "r": 8, "lora_alpha": 16})
     loaded = load_adapters(load_model(**base), adapters)
-    score_contrastive(loaded, rows, out / "scored.jsonl", pad_token_id=tokenizer.pad_token_id, max_tokens_per_batch=2048)
+    score_contrastive(
+        loaded, rows, out / "scored.jsonl", pad_token_id=tokenizer.pad_token_id, max_tokens_per_batch=2048
+    )
     del loaded
     scored = read_records(out / "scored.jsonl")
     inspect_pairs(scored, tokenizer, out / "pairs.html", title="Real GSM8K solutions, contrastive scores")
@@ -86,7 +98,9 @@ def main(
         counts = train_preference("cdpo", {**base, "quantization": quantization}, scored, folder, args=args, lora=LORA)
         if not counts:
             continue  # complete already, nothing to time
-        losses = [e["loss"] for e in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in e]
+        losses = [
+            e["loss"] for e in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in e
+        ]
         results.append(
             {
                 "cDPO": name, "steps": counts["steps"], "pairs per step": batch_size,
@@ -101,7 +115,12 @@ def main(
     if json_path:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}"
-        json_path.write_text(json.dumps({"model": model.split("/")[-1], "pairs": len(rows), "hardware": hardware, "rows": results}, indent=2) + "\n")
+        json_path.write_text(
+            json.dumps(
+                {"model": model.split("/")[-1], "pairs": len(rows), "hardware": hardware, "rows": results}, indent=2
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -53,10 +53,15 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Times both ways in turn and prints the table."""
-    rows = [(p["prompt_ids"], p[f"{side}_ids"]) for p in read_records(pairs, "pair")[:n] for side in ("chosen", "rejected")]
+    rows = [
+        (p["prompt_ids"], p[f"{side}_ids"]) for p in read_records(pairs, "pair")[:n] for side in ("chosen", "rejected")
+    ]
     pad = load_tokenizer(model).pad_token_id
     ours = load_adapters(load_model(model, dtype=dtype), {"positive": positive, "negative": negative})
-    merged = [PeftModel.from_pretrained(load_model(model, dtype=dtype), path).merge_and_unload() for path in (positive, negative)]
+    merged = [
+        PeftModel.from_pretrained(load_model(model, dtype=dtype), path).merge_and_unload()
+        for path in (positive, negative)
+    ]
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
     for _ in range(repeats):
         start = time.perf_counter()
@@ -76,7 +81,9 @@ def main(
         "weights MB, two models": weight_bytes(*merged) / 1e6, "weights MB, one base and two adapters": weight_bytes(ours) / 1e6,
         "largest difference of a score": difference,
     }  # fmt: skip
-    print(markdown_table([{"what": key, "value": f"{v:.4g}" if isinstance(v, float) else v} for key, v in result.items()]))
+    print(
+        markdown_table([{"what": key, "value": f"{v:.4g}" if isinstance(v, float) else v} for key, v in result.items()])
+    )
     if json_path:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(result, indent=2) + "\n")

@@ -27,7 +27,7 @@ CONFIG = "recipes/configs/cdpo/tiny-arithmetic.yaml"
 GRID = {
     "sft": [1e-4, 3e-4, 1e-3],
     "dpo": [1e-6, 3e-6, 1e-5, 2e-5, 3e-5],
-    "cdpo": [1e-5, 3e-5, 1e-4, 2e-4],
+    "cdpo": [1e-5, 3e-5, 1e-4, 2e-4, 4e-4],
 }
 #: Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -75,7 +75,9 @@ def choose_rates(out: Path, pool: ThreadPoolExecutor) -> tuple[dict[str, float],
             shutil.copytree(start, folder)
         return accuracy(run(folder, 0, {method: rate}, str(held_out)), method)
 
-    tried = {method: {f"{rate:g}": pool.submit(attempt, method, rate) for rate in rates} for method, rates in GRID.items()}
+    tried = {
+        method: {f"{rate:g}": pool.submit(attempt, method, rate) for rate in rates} for method, rates in GRID.items()
+    }
     found = {method: {rate: job.result() for rate, job in jobs.items()} for method, jobs in tried.items()}
     return {method: float(max(rates, key=rates.get)) for method, rates in found.items()}, found
 
@@ -95,7 +97,9 @@ def main(
     rows, differences = [], {}
     for method, numbers in values.items():
         mean, half = mean_and_half(numbers)
-        rows.append({"method": method, "accuracy, %": f"{mean:.1f} ± {half:.1f}", "learning rate": f"{best.get(method, 0):g}"})
+        rows.append(
+            {"method": method, "accuracy, %": f"{mean:.1f} ± {half:.1f}", "learning rate": f"{best.get(method, 0):g}"}
+        )
     for other in ("base", "dpo", "sft"):
         mean, half = mean_and_half([a - b for a, b in zip(values["cdpo"], values[other], strict=True)])
         differences[f"cdpo - {other}"] = {"mean": mean, "half": half}

@@ -30,7 +30,9 @@ def main(
     if PartialState().is_main_process:
         print("\n" + markdown_table(summary["table"]))
         if share := summary.get("lowest score is the first error"):
-            print(f"\nlowest-scored token of a rejected solution is its true first error: {share['share']:.1%} of {share['n']}")
+            print(
+                f"\nlowest-scored token of a rejected solution is its true first error: {share['share']:.1%} of {share['n']}"
+            )
         print(f"\ntokens coloured by score: {output}/pairs.html\nall numbers: {output}/summary.json")
 
 

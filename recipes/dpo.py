@@ -24,7 +24,9 @@ def main(
     """Trains, and prints where the result is."""
     try:
         settings = read_config(config, set_)
-        counts = train_preference("dpo", settings.model, read_records(data, "pair"), output, **settings.methods.get("dpo", {}))
+        counts = train_preference(
+            "dpo", settings.model, read_records(data, "pair"), output, **settings.methods.get("dpo", {})
+        )
     except AlignError as error:
         sys.exit(f"align: {error}")
     print(f"{output}: {counts or 'was complete already'}")

@@ -1,6 +1,6 @@
 """Makes the embedded default from nothing: tokenizer, problems, and a base model trained on demonstrations.
 
-    python recipes/make_tiny.py --out data/tiny-arithmetic
+python recipes/make_tiny.py --out data/tiny-arithmetic
 """
 
 import random

@@ -24,7 +24,9 @@ def main(
     """Trains, and prints where the result is."""
     try:
         settings = read_config(config, set_)
-        counts = train_sft(settings.model, read_records(data, "demonstration"), output, **settings.methods.get("sft", {}))
+        counts = train_sft(
+            settings.model, read_records(data, "demonstration"), output, **settings.methods.get("sft", {})
+        )
     except AlignError as error:
         sys.exit(f"align: {error}")
     print(f"{output}: {counts or 'was complete already'}")

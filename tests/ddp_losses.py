@@ -26,4 +26,6 @@ trainer = CDPOTrainer(
 trainer.train()
 if PartialState().is_main_process:
     keys = ("loss", "rewards/margins", "weights/rejected")
-    print("LOGGED", json.dumps([[entry[key] for key in keys] for entry in trainer.state.log_history if "loss" in entry]))
+    print(
+        "LOGGED", json.dumps([[entry[key] for key in keys] for entry in trainer.state.log_history if "loss" in entry])
+    )

@@ -9,13 +9,26 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 def launch(processes: int, *command: str, port: int) -> str:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(TESTS.parent / "recipes/accelerate/cpu.yaml")]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(TESTS.parent / "recipes/accelerate/cpu.yaml"),
+    ]
     options = ["--num_processes", str(processes), "--main_process_port", str(port)]
-    done = subprocess.run([*launcher, *options, *command], env=ENVIRONMENT, cwd=TESTS.parent, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*launcher, *options, *command], env=ENVIRONMENT, cwd=TESTS.parent, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -24,7 +37,9 @@ def launch(processes: int, *command: str, port: int) -> str:
 def test_two_processes_log_the_losses_of_one(tmp_path, aggregation):
     logged = []
     for processes in (1, 2):
-        out = launch(processes, str(TESTS / "ddp_losses.py"), str(tmp_path / str(processes)), aggregation, port=29600 + processes)
+        out = launch(
+            processes, str(TESTS / "ddp_losses.py"), str(tmp_path / str(processes)), aggregation, port=29600 + processes
+        )
         logged.append(json.loads(out.split("LOGGED", 1)[1]))
     assert len(logged[0]) == 10
     for one, two in zip(*logged, strict=True):

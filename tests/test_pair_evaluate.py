@@ -34,7 +34,12 @@ def test_selection_of_the_paper():
 
 
 def test_every_drop_is_counted():
-    rows = verdicts("rr", "only right") + verdicts("xy", "only wrong") + verdicts("-~", "neither") + verdicts("rx-~", "both")
+    rows = (
+        verdicts("rr", "only right")
+        + verdicts("xy", "only wrong")
+        + verdicts("-~", "neither")
+        + verdicts("rx-~", "both")
+    )
     rows[0]["completion_ids"] = []
     counts = select_pairs(rows).counts
     assert counts == {
@@ -71,7 +76,15 @@ def test_pass_at_k_is_the_share_of_lucky_subsets(n, correct, k):
 
 @pytest.mark.parametrize(
     "answers, k, value",
-    [("rxr", 3, 1.0), ("xxr", 3, 0.0), ("rx", 2, 0.5), ("r-", 2, 1.0), ("--", 2, 0.0), ("rxx", 1, 1.0), ("xyr", 3, 1 / 3)],
+    [
+        ("rxr", 3, 1.0),
+        ("xxr", 3, 0.0),
+        ("rx", 2, 0.5),
+        ("r-", 2, 1.0),
+        ("--", 2, 0.0),
+        ("rxx", 1, 1.0),
+        ("xyr", 3, 1 / 3),
+    ],
 )
 def test_majority(answers, k, value):
     assert majority_at_k(verdicts(answers), k) == pytest.approx(value)
@@ -98,5 +111,7 @@ def test_intervals():
     assert low < 0.8 < high
     assert interval([1.0] * 50)[1] == 1.0 and interval([1.0] * 50)[0] > 0.9
     low, high = interval([0.5, 0.25, 0.75, 0.5])
-    assert (low + high) / 2 == pytest.approx(0.5) and high - low == pytest.approx(2 * 1.959963985 * (0.125 / 3) ** 0.5 / 2)
+    assert (low + high) / 2 == pytest.approx(0.5) and high - low == pytest.approx(
+        2 * 1.959963985 * (0.125 / 3) ** 0.5 / 2
+    )
     assert interval([0.3]) == (0.0, 1.0)

@@ -23,9 +23,16 @@ def test_the_chain_by_hand(tmp_path):
     (scripts / "align").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m align "$@"\n')
     (scripts / "align").chmod(0o755)
     (scripts / "python").symlink_to(sys.executable)
-    environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+    }
     chain = chain.replace("\npython ", f'\n"{sys.executable}" ')
-    done = subprocess.run(["sh", "-ec", chain], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        ["sh", "-ec", chain], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| pass@4" in done.stdout
     assert (tmp_path / "pairs.html").exists() and (tmp_path / "referenced.jsonl").exists()
@@ -41,7 +48,9 @@ def test_the_python_example(tmp_path, monkeypatch):
     example = example.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(ROOT / "data/tiny-arithmetic/model"))
     assert "bf16=True" in example
     monkeypatch.chdir(tmp_path)
-    exec(example.replace("bf16=True", "bf16=False, use_cpu=True, max_steps=1, save_strategy='no', report_to='none'"), {})
+    exec(
+        example.replace("bf16=True", "bf16=False, use_cpu=True, max_steps=1, save_strategy='no', report_to='none'"), {}
+    )
 
 
 def test_named_files_exist():

@@ -26,7 +26,9 @@ SMALL = [
 
 
 def python(*command: str, ok: bool = True) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
     assert not ok or done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -65,7 +67,9 @@ def test_mistakes_in_a_configuration_are_named(tmp_path):
     with pytest.raises(ConfigError, match="lerning_rate: no field of CDPOConfig"):
         _arguments(PREFERENCE_TRAINERS["cdpo"].config_class, {"lerning_rate": 1}, tmp_path)
     methods = read_config(TINY, ["methods.cdpo.args.learning_rate=1e-9"]).methods
-    assert methods["cdpo"]["args"]["learning_rate"] == 1e-9 != methods["dpo"]["args"]["learning_rate"]  # an alias in the file
+    assert (
+        methods["cdpo"]["args"]["learning_rate"] == 1e-9 != methods["dpo"]["args"]["learning_rate"]
+    )  # an alias in the file
 
 
 def test_the_whole_chain_then_nothing_to_do_then_one_stage(tmp_path):
@@ -81,7 +85,9 @@ def test_the_whole_chain_then_nothing_to_do_then_one_stage(tmp_path):
     assert summary["lowest score is the first error"]["n"] == len(read_records(out / "scored.jsonl", "pair"))
     assert "2411.19943" in (out / "cdpo" / "README.md").read_text()
     assert not list(out.rglob("*.parts")) and not list(out.glob("*.training*"))
-    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*.jsonl")} | {out / m: (out / m).stat().st_mtime_ns for m in ("dpo", "cdpo")}
+    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*.jsonl")} | {
+        out / m: (out / m).stat().st_mtime_ns for m in ("dpo", "cdpo")
+    }
     python(*command, *flags)
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
     python(*command, *flags, "--set", "methods.cdpo.args.learning_rate=1e-4")
@@ -92,13 +98,18 @@ def test_the_whole_chain_then_nothing_to_do_then_one_stage(tmp_path):
 
 def test_the_command_line_and_the_baseline_recipes(tmp_path):
     model = "data/tiny-arithmetic/model"
-    path = {name: tmp_path / f"{name}.jsonl" for name in ("problems", "samples", "verdicts", "pairs", "positive", "negative", "scored", "ref")}
+    path = {
+        name: tmp_path / f"{name}.jsonl"
+        for name in ("problems", "samples", "verdicts", "pairs", "positive", "negative", "scored", "ref")
+    }
     write_records(path["problems"], load_problems(str(ROOT / "data/tiny-arithmetic/test.jsonl"), limit=10))
     options = ["--model", model, "--dtype", "float32"]
     align("sample", path["problems"], path["samples"], *options, "--n", 6, "--max-new-tokens", 80)
     assert json.loads(align("verify", path["samples"], path["verdicts"]).stdout)["rows"] == 60
     counts = json.loads(
-        align("pair", path["verdicts"], path["pairs"], "--positive", path["positive"], "--negative", path["negative"]).stdout
+        align(
+            "pair", path["verdicts"], path["pairs"], "--positive", path["positive"], "--negative", path["negative"]
+        ).stdout
     )
     assert counts["pairs"] == len(read_records(path["pairs"], "pair")) > 0
     assert "| pass@1" in align("evaluate", path["verdicts"], "--k", 3).stdout

@@ -49,7 +49,9 @@ def test_stage(tmp_path):
         assert row["completion"] == TOKENIZER.decode(row["completion_ids"], skip_special_tokens=True)
     sample_completions(model, TOKENIZER, problems(7), tmp_path / "b.jsonl", config)
     assert read_records(tmp_path / "b.jsonl") == rows
-    sample_completions(model, TOKENIZER, problems(7), tmp_path / "c.jsonl", SampleConfig(n=3, max_new_tokens=5, batch_size=6, seed=5))
+    sample_completions(
+        model, TOKENIZER, problems(7), tmp_path / "c.jsonl", SampleConfig(n=3, max_new_tokens=5, batch_size=6, seed=5)
+    )
     assert read_records(tmp_path / "c.jsonl") != rows
 
 
@@ -92,7 +94,9 @@ def test_settings_and_problems_are_checked(tmp_path):
         with pytest.raises(ConfigError):
             SampleConfig(**wrong)
     with pytest.raises(RecordError, match="max_prompt_length = 1"):
-        sample_completions(tiny_llama(), TOKENIZER, problems(2), tmp_path / "a.jsonl", SampleConfig(max_prompt_length=1))
+        sample_completions(
+            tiny_llama(), TOKENIZER, problems(2), tmp_path / "a.jsonl", SampleConfig(max_prompt_length=1)
+        )
     with pytest.raises(RecordError, match="the id occurs twice"):
         sample_completions(tiny_llama(), TOKENIZER, problems(1) * 2, tmp_path / "a.jsonl", SampleConfig())
     with pytest.raises(RecordError, match="do not match"):

@@ -66,7 +66,10 @@ def test_contrastive_scores_equal_two_merged_models(model_dir, adapters, beta):
         for name, path in adapters.items()
     }
     for (prompt, completion), scores in zip(rows, found, strict=True):
-        logits = {n: m(input_ids=torch.tensor([list(prompt) + list(completion)])).logits[0].tolist() for n, m in merged.items()}
+        logits = {
+            n: m(input_ids=torch.tensor([list(prompt) + list(completion)])).logits[0].tolist()
+            for n, m in merged.items()
+        }
         for t, token in enumerate(completion):
             place = len(prompt) + t - 1
             expected = contrastive_score(logits["positive"][place], logits["negative"][place], token, beta)
@@ -81,7 +84,9 @@ def test_stage_writes_scores_beside_ids_and_counts_what_is_too_long(tmp_path, mo
     counts = score_contrastive(model, pairs, tmp_path / "out.jsonl", pad_token_id=0, max_length=limit)
     scored = read_records(tmp_path / "out.jsonl", "pair")
     assert counts["too_long"] == sum(length > limit for length in lengths) > 0
-    assert [row["id"] for row in scored] == [p["id"] for p, length in zip(pairs, lengths, strict=True) if length <= limit]
+    assert [row["id"] for row in scored] == [
+        p["id"] for p, length in zip(pairs, lengths, strict=True) if length <= limit
+    ]
     for row in scored:
         expected = score_rows(model, rows_of([row]), pad_token_id=0)
         assert row["chosen_ce_scores"] == pytest.approx(expected[0], abs=1e-6)

@@ -61,7 +61,10 @@ def test_demonstrations_err_in_decisions_only():
 
 def test_tokenizer_keeps_text_and_boundary():
     shipped, built = load_tokenizer(f"{DATA}/model"), build_tokenizer()
-    for text in ("Tom has 12 apples. naïve 🦆\n  x", *(p["prompt"] + p["solution"] for p in make_problems(20, 3, "train"))):
+    for text in (
+        "Tom has 12 apples. naïve 🦆\n  x",
+        *(p["prompt"] + p["solution"] for p in make_problems(20, 3, "train")),
+    ):
         ids = shipped(text)["input_ids"]
         assert shipped.decode(ids) == text
         assert built(text)["input_ids"] == ids
@@ -74,7 +77,9 @@ def test_the_base_can_calculate_and_decides_wrongly():
     model, tokenizer = load_model(f"{DATA}/model", dtype="float32"), load_tokenizer(f"{DATA}/model")
     assert sum(p.numel() for p in model.parameters()) < 1_000_000
     problems = read_records(f"{DATA}/test.jsonl")[:300]
-    drawn = generate(model, tokenizer, [tokenizer(p["prompt"])["input_ids"] for p in problems], SampleConfig(max_new_tokens=80), 0)
+    drawn = generate(
+        model, tokenizer, [tokenizer(p["prompt"])["input_ids"] for p in problems], SampleConfig(max_new_tokens=80), 0
+    )
     right = miscalculated = 0
     for problem, [(ids, reason)] in zip(problems, drawn, strict=True):
         text = tokenizer.decode(ids, skip_special_tokens=True)

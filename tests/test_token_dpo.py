@@ -78,7 +78,9 @@ def test_cdpo_matches_float64_oracle(tmp_path, model_dir, tokenizer, aggregation
                 with torch.no_grad():
                     logps = completion_logps(exact, pair["prompt_ids"], pair[f"{side}_ids"])
                 pair[f"{side}_ref_logps"] = [x.item() for x in logps]
-    args = CDPOConfig(**options(tmp_path, weight_chosen=weight_chosen, loss_aggregation=aggregation, check_reference=False))
+    args = CDPOConfig(
+        **options(tmp_path, weight_chosen=weight_chosen, loss_aggregation=aggregation, check_reference=False)
+    )
     trainer = CDPOTrainer(
         policy, ref_model=None if stored_reference else reference, args=args, train_dataset=Dataset.from_list(pairs),
         processing_class=tokenizer,
@@ -109,7 +111,9 @@ def test_user_weights_match_float64_oracle(tmp_path, model_dir, tokenizer):
         processing_class=tokenizer,
     )  # fmt: skip
     loss, grads = batch_loss(trainer, pairs)
-    expected_loss, expected = oracle(model_dir, pairs, lambda p: (p["chosen_weights"], p["rejected_weights"]), "sequence")
+    expected_loss, expected = oracle(
+        model_dir, pairs, lambda p: (p["chosen_weights"], p["rejected_weights"]), "sequence"
+    )
     assert_close(loss, grads, expected_loss, expected, 1e-5)
 
 
@@ -180,8 +184,15 @@ def test_qlora_equals_trl(tmp_path, model_dir, tokenizer):
 
     pairs = random_pairs(8, columns=("weights",))
     runs = []
-    for cls, config, ones in ((DPOTrainer, DPOConfig, True), (TokenDPOTrainer, TokenDPOConfig, True), (TokenDPOTrainer, TokenDPOConfig, False)):
-        rows = [p | {f"{s}_weights": [1.0] * len(p[f"{s}_ids"]) for s in ("chosen", "rejected")} if ones else p for p in pairs]
+    for cls, config, ones in (
+        (DPOTrainer, DPOConfig, True),
+        (TokenDPOTrainer, TokenDPOConfig, True),
+        (TokenDPOTrainer, TokenDPOConfig, False),
+    ):
+        rows = [
+            p | {f"{s}_weights": [1.0] * len(p[f"{s}_ids"]) for s in ("chosen", "rejected")} if ones else p
+            for p in pairs
+        ]
         model = load_model(model_dir, dtype="float32", quantization="4bit")
         if cls is DPOTrainer:  # it tokenizes whatever it is given, so its preparation is set aside
             cls = type("IdsDPOTrainer", (DPOTrainer,), {"_prepare_dataset": lambda self, dataset, *_: dataset})
@@ -223,7 +234,9 @@ def test_precomputed_reference_equals_the_live_one(tmp_path, model_dir, tokenize
 def test_full_fine_tuning_with_stored_reference_loads_no_second_model(tmp_path, model_dir, tokenizer):
     pairs = random_pairs(4, columns=("ce_scores", "ref_logps"))
     args = CDPOConfig(**options(tmp_path, check_reference=False))
-    trainer = CDPOTrainer(model_dir, args=args, train_dataset=Dataset.from_list(pairs), eval_dataset=Dataset.from_list(pairs))
+    trainer = CDPOTrainer(
+        model_dir, args=args, train_dataset=Dataset.from_list(pairs), eval_dataset=Dataset.from_list(pairs)
+    )
     assert trainer.ref_model is None
     assert trainer.evaluate()["eval_loss"] > 0
 
@@ -299,7 +312,12 @@ def spoil(column, change, row=2):
     [
         ("rejected_ce_scores", lambda v: v[:-1], RecordError, ["p2", "rejected_ce_scores", "EOS"]),
         ("rejected_ce_scores", lambda v: [0.5, *v], RecordError, ["p2", "rejected_ce_scores", "one too many"]),
-        ("rejected_ce_scores", lambda v: [float("nan"), *v[1:]], RecordError, ["p2", "rejected_ce_scores[0]", "finite"]),
+        (
+            "rejected_ce_scores",
+            lambda v: [float("nan"), *v[1:]],
+            RecordError,
+            ["p2", "rejected_ce_scores[0]", "finite"],
+        ),
         ("rejected_ce_scores", lambda v: [1.5, *v[1:]], RecordError, ["p2", "1.5", "[0, 1]"]),
         ("chosen_ref_logps", lambda v: v + [0.0, 0.0], RecordError, ["p2", "chosen_ref_logps"]),
         ("chosen_ref_logps", lambda v: None, RecordError, ["p2", "chosen_ref_logps"]),
@@ -351,7 +369,9 @@ def test_stored_reference_shifted_by_one_is_found(tmp_path, tokenizer):
         for side in ("chosen", "rejected"):
             pair[f"{side}_ids"] = (pair[f"{side}_ids"] * 6)[:6]
             pair[f"{side}_ce_scores"] = [0.5] * 6
-            pair[f"{side}_ref_logps"] = token_logps(model, [(pair["prompt_ids"], pair[f"{side}_ids"])], pad_token_id=0)[0]
+            pair[f"{side}_ref_logps"] = token_logps(model, [(pair["prompt_ids"], pair[f"{side}_ids"])], pad_token_id=0)[
+                0
+            ]
     build(tmp_path, tokenizer, pairs)
     for pair in pairs:
         for side in ("chosen", "rejected"):

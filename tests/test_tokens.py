@@ -7,9 +7,21 @@ import torch
 from conftest import byte_level_tokenizer, llama_tokenizer
 
 from align.errors import MissingColumnError, RecordError
-from align.tokens import encode_completion, encode_pair, encode_prompt, label_values, pad_rows, shift_to_labels, truncate
+from align.tokens import (
+    encode_completion,
+    encode_pair,
+    encode_prompt,
+    label_values,
+    pad_rows,
+    shift_to_labels,
+    truncate,
+)
 
-TOKENIZERS = {"gpt2-style": byte_level_tokenizer(), "llama-style": llama_tokenizer(), "chat": byte_level_tokenizer(chat=True)}
+TOKENIZERS = {
+    "gpt2-style": byte_level_tokenizer(),
+    "llama-style": llama_tokenizer(),
+    "chat": byte_level_tokenizer(chat=True),
+}
 
 TEXTS = [
     ("Question: Tom has 12 apples.\nAnswer:", " 12 + 7 = 19."),
@@ -43,7 +55,11 @@ def test_ids_decode_to_the_text_the_model_sees(kind, prompt, completion):
 def test_some_of_these_texts_do_merge_at_the_boundary():
     """Without this, the test above might not see what it is about."""
     tokenizer = TOKENIZERS["gpt2-style"]
-    merged = [p for p, c in TEXTS if tokenizer(p + c)["input_ids"][: len(tokenizer(p)["input_ids"])] != tokenizer(p)["input_ids"]]
+    merged = [
+        p
+        for p, c in TEXTS
+        if tokenizer(p + c)["input_ids"][: len(tokenizer(p)["input_ids"])] != tokenizer(p)["input_ids"]
+    ]
     assert len(merged) >= 2
 
 
@@ -80,7 +96,11 @@ def test_same_ids_as_trl_where_nothing_merges():
     from peft import LoraConfig
 
     trainer = DPOTrainer(
-        tiny_llama(), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=LoraConfig()
+        tiny_llama(),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(),
     )
     for theirs, row in zip(trainer.train_dataset, rows, strict=True):
         ours = encode_pair(tokenizer, row, "row")

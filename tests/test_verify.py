@@ -92,7 +92,27 @@ def test_hostile_text_is_incorrect_never_an_exception(text):
 
 def test_random_text_never_raises():
     rng = random.Random(0)
-    pieces = ["####", "\\boxed{", "}", "A:", "answer is", "\n", " ", "$", "%", ",", ".", "/", "-", "1", "23", "=", "\\frac", "é", "\x85"]
+    pieces = [
+        "####",
+        "\\boxed{",
+        "}",
+        "A:",
+        "answer is",
+        "\n",
+        " ",
+        "$",
+        "%",
+        ",",
+        ".",
+        "/",
+        "-",
+        "1",
+        "23",
+        "=",
+        "\\frac",
+        "é",
+        "\x85",
+    ]
     for _ in range(3000):
         text = "".join(rng.choice(pieces) for _ in range(rng.randrange(30)))
         extracted, rule = extract_answer(text)
@@ -116,7 +136,11 @@ def sample_row(**kwargs):
 
 
 def test_stage_counts_and_skips(tmp_path):
-    rows = [sample_row(), sample_row(sample=1, completion="A: 8"), sample_row(sample=2, completion="hm", finish_reason="length")]
+    rows = [
+        sample_row(),
+        sample_row(sample=1, completion="A: 8"),
+        sample_row(sample=2, completion="hm", finish_reason="length"),
+    ]
     write_records(tmp_path / "samples.jsonl", rows)
     counts = verify(tmp_path / "samples.jsonl", tmp_path / "verdicts.jsonl")
     assert counts == {
@@ -161,5 +185,7 @@ def test_agrees_with_given_verdicts():
         pytest.skip("set ALIGN_GSM8K_SOLUTIONS to a JSONL file of completion, answer, is_correct")
     rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     assert len(rows) > 100
-    wrong = [r["completion"] for r in rows if verify_completion(r["completion"], r["answer"]).correct != r["is_correct"]]
+    wrong = [
+        r["completion"] for r in rows if verify_completion(r["completion"], r["answer"]).correct != r["is_correct"]
+    ]
     assert wrong == []

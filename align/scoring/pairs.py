@@ -70,13 +70,18 @@ def score_stage(
         parts,
         compute_part,
         stage=stage,
-        settings={**settings, "pairs": records_hash(pairs), "max_length": max_length},
+        settings=score_settings(pairs, max_length, settings),
         order=lambda row: row.pop("_row"),
         count=lambda rows: {
             "too_long": len(pairs) - len(rows),
             "tokens": sum(len(row[f"{side}_ids"]) for row in rows for side in ("chosen", "rejected")),
         },
     )
+
+
+def score_settings(pairs: Sequence[Record], max_length: int | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a scoring stage's output depends on; with it `stages.is_complete` tells whether there is work left."""
+    return {**settings, "pairs": records_hash(list(pairs)), "max_length": max_length}
 
 
 def _length(pair: Record) -> int:

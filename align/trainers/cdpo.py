@@ -45,7 +45,9 @@ class CDPOConfig(TokenDPOConfig):
                 if value != only
             }
             if wrong:
-                raise ConfigError(f"loss_aggregation='position' is the sigmoid loss of the released code; unset {wrong}")
+                raise ConfigError(
+                    f"loss_aggregation='position' is the sigmoid loss of the released code; unset {wrong}"
+                )
 
 
 class CDPOTrainer(TokenDPOTrainer):

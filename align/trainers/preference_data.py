@@ -68,7 +68,9 @@ def prepare_preference_dataset(
         check_pair_ids(row, index, vocabulary)
         for column in required:
             if row[column] is None:
-                raise MissingColumnError(f"{name} data set, {row_name(row, index)}: {column} is empty; score the row or remove it")
+                raise MissingColumnError(
+                    f"{name} data set, {row_name(row, index)}: {column} is empty; score the row or remove it"
+                )
         for side in SIDES:
             for column in columns:
                 if f"{side}_{column}" in names and row[f"{side}_{column}"] is None:
@@ -113,7 +115,9 @@ def _check_columns(name: str, names: list[str], token_level: list[str], has_ids:
         )
     for side, other in (SIDES, SIDES[::-1]):
         if f"{side}_ref_logps" in names and f"{other}_ref_logps" not in names:
-            raise MissingColumnError(f"{name} data set: {side}_ref_logps without {other}_ref_logps; give both or neither")
+            raise MissingColumnError(
+                f"{name} data set: {side}_ref_logps without {other}_ref_logps; give both or neither"
+            )
 
 
 def _count_lengths(dataset: Dataset, max_length: int | None, truncation_mode: str) -> dict[str, int]:
@@ -140,7 +144,9 @@ def _report(name: str, counts: dict[str, int], args) -> None:
             f"max_length = {args.max_length}"
         )
     if counts["truncated"]:
-        logger.warning(f"{name} data set: {counts['truncated']} of {counts['rows']} rows truncated to {args.max_length} tokens")
+        logger.warning(
+            f"{name} data set: {counts['truncated']} of {counts['rows']} rows truncated to {args.max_length} tokens"
+        )
 
 
 def pad_columns(dataset: Dataset, rows: dict[str, list[list[float]]], column: str, truncation_mode: str) -> Dataset:

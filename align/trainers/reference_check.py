@@ -36,7 +36,10 @@ def check_reference_columns(trainer: TokenDPOTrainer) -> None:
     dataset = trainer.train_dataset
     if isinstance(dataset, IterableDataset):
         return
-    lengths = [len(p) + max(len(c), len(r)) for p, c, r in zip(*(dataset[c] for c in ("prompt_ids", "chosen_ids", "rejected_ids")))]
+    lengths = [
+        len(p) + max(len(c), len(r))
+        for p, c, r in zip(*(dataset[c] for c in ("prompt_ids", "chosen_ids", "rejected_ids")))
+    ]
     shortest = sorted(range(len(dataset)), key=lengths.__getitem__)[:ROWS]
     training = trainer.model.training
     trainer.model.eval()

@@ -44,9 +44,13 @@ class TokenDPOConfig(DPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.use_weighting:
-            raise ConfigError("use_weighting=True reads unweighted log-probabilities; unset it, or train with TRL's DPOTrainer")
+            raise ConfigError(
+                "use_weighting=True reads unweighted log-probabilities; unset it, or train with TRL's DPOTrainer"
+            )
         if "aot" in self.loss_type:
-            raise ConfigError("loss_type 'aot' sorts policy and reference ratios apart; use 'aot_unpaired' or another type")
+            raise ConfigError(
+                "loss_type 'aot' sorts policy and reference ratios apart; use 'aot_unpaired' or another type"
+            )
 
 
 @dataclass
@@ -122,7 +126,9 @@ class TokenDPOTrainer(DPOTrainer):
         if args is None:
             args = self.config_class(f"{name.split('/')[-1]}-{self._name}")
         if not isinstance(args, self.config_class):
-            raise ConfigError(f"args is a {type(args).__name__}; {type(self).__name__} needs {self.config_class.__name__}")
+            raise ConfigError(
+                f"args is a {type(args).__name__}; {type(self).__name__} needs {self.config_class.__name__}"
+            )
         if processing_class is None:
             processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
         if not hasattr(processing_class, "pad_token"):
@@ -140,9 +146,12 @@ class TokenDPOTrainer(DPOTrainer):
         self.data_report: dict[str, dict[str, int]] = {}
         stored = has_reference(train_dataset)
         if stored and ref_model is not None:
-            raise ConfigError("the data set has reference log-probabilities and ref_model is given; leave one of them out")
-        # Stored references stand in for TRL's precomputed sums, so that TRL loads no reference model.
-        args.precompute_ref_log_probs = args.precompute_ref_log_probs or stored
+            raise ConfigError(
+                "the data set has reference log-probabilities and ref_model is given; leave one of them out"
+            )
+        adapted = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
+        # In full fine-tuning, stored references stand in for TRL's precomputed sums, so that it loads no second model.
+        args.precompute_ref_log_probs = args.precompute_ref_log_probs or (stored and not adapted)
         super().__init__(
             model=model, ref_model=ref_model, args=args, data_collator=data_collator, train_dataset=train_dataset,
             eval_dataset=eval_dataset, processing_class=processing_class, **kwargs,
@@ -172,7 +181,12 @@ class TokenDPOTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         dataset, self.data_report[dataset_name] = prepare_preference_dataset(
-            dataset, processing_class, args, dataset_name, (*self.token_columns, "ref_logps"), self.required_columns(args)
+            dataset,
+            processing_class,
+            args,
+            dataset_name,
+            (*self.token_columns, "ref_logps"),
+            self.required_columns(args),
         )
         return dataset
 
@@ -273,5 +287,3 @@ class TokenDPOTrainer(DPOTrainer):
             totals = self.accelerator.gather(torch.stack(((side_weights * side_mask).sum(), side_mask.sum())))
             weight, tokens = totals.view(-1, 2).sum(0).tolist()
             metrics[f"weights/{side}"].append(weight / max(tokens, 1.0))
-
-

@@ -76,7 +76,11 @@ def train_sft(
     def build(base, tokenizer, directory: Path) -> SFTTrainer:
         config = _arguments(SFTConfig, {"completion_only_loss": True, **(args or {})}, directory)
         return SFTTrainer(
-            base, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=_lora(lora)
+            base,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=_lora(lora),
         )
 
     return _train("sft", model, rows, out_dir, build, {"args": dict(args or {}), "lora": lora})
@@ -125,7 +129,9 @@ def train_preference(
     return _train(method, model, rows, out_dir, build, {"args": dict(args or {}), "lora": lora})
 
 
-def _train(method: str, model: Mapping[str, Any], rows: list[dict], out_dir, build, settings: dict[str, Any]) -> dict[str, Any]:
+def _train(
+    method: str, model: Mapping[str, Any], rows: list[dict], out_dir, build, settings: dict[str, Any]
+) -> dict[str, Any]:
     """Trains in `<out_dir>.training`, resuming from its last checkpoint, and moves the result to `out_dir`."""
     out_dir, process = Path(out_dir), PartialState()
     settings = {**settings, "model": {**model, "path": model_identity(model["path"])}, "data": records_hash(rows)}
@@ -147,7 +153,11 @@ def _train(method: str, model: Mapping[str, Any], rows: list[dict], out_dir, bui
     checkpoint = get_last_checkpoint(str(working)) if working.is_dir() else None
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(working / "final"))
-    counts = {"steps": result.global_step, "rows": len(rows), **{k: result.metrics[k] for k in ("train_loss", "train_runtime")}}
+    counts = {
+        "steps": result.global_step,
+        "rows": len(rows),
+        **{k: result.metrics[k] for k in ("train_loss", "train_runtime")},
+    }
     if process.is_main_process:
         tokenizer.save_pretrained(working / "final")
         if settings["lora"] is not None:
