@@ -254,14 +254,9 @@ class CDPOChain:
 
         tokenizer = load_tokenizer(self.config.model["path"])
         pairs = read_records(self.out / "scored.jsonl")
-        share = None
-        if self.config.inspect.get("first_error"):
-            share = mark_first_errors(pairs, tokenizer)
-        facts = (
-            {} if share is None else {"lowest score is the true first error": f"{share['share']:.1%} of {share['n']}"}
-        )
+        share = mark_first_errors(pairs, tokenizer) if self.config.inspect.get("first_error") else None
         inspect_pairs(
-            pairs, tokenizer, self.out / "pairs.html", title="cDPO: critical tokens", summary=table, facts=facts,
+            pairs, tokenizer, self.out / "pairs.html", title="cDPO: critical tokens", summary=table,
             columns=["ce_scores", "ref_logps"], limit=self.config.inspect.get("limit", 300),
         )  # fmt: skip
         return share

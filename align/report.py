@@ -173,7 +173,7 @@ def inspect_pairs(
         `out_path`.
 
     Raises:
-        MissingColumnError: no pair has a token-level column, or a pair lacks its prompt or ids.
+        MissingColumnError: no pair has a token-level column, or the one asked for, or a pair lacks its prompt or ids.
         RecordError: there are no pairs, a column's length differs from its ids', or `first_error` is no index.
         ConfigError: `limit` is below 1.
         RecordFileError: the page cannot be written.
@@ -204,18 +204,19 @@ def inspect_pairs(
 
 
 def _present_columns(pairs: Sequence[Record], columns: Sequence[str] | None) -> list[str]:
-    wanted = list(TOKEN_COLUMNS if columns is None else columns)
+    def is_there(column: str) -> bool:
+        return any(pair.get(f"{side}_{column}") is not None for pair in pairs for side in SIDES)
 
-    def present(names: Sequence[str]) -> list[str]:
-        return [c for c in names if any(pair.get(f"{side}_{c}") is not None for pair in pairs for side in SIDES)]
-
-    if found := present(wanted):
-        return found
-    there = present(TOKEN_COLUMNS)
+    there = list(filter(is_there, TOKEN_COLUMNS))
     remedy = f"there are {', '.join(there)}" if there else "make one with `align score`"
-    raise MissingColumnError(
-        f"none of the columns {', '.join(f'chosen_{c} / rejected_{c}' for c in wanted)} is there; {remedy}"
-    )
+    if columns is None:
+        if not there:
+            raise MissingColumnError(f"no pair has a token-level column; {remedy}")
+        return there
+    for column in columns:
+        if not is_there(column):
+            raise MissingColumnError(f"no pair has chosen_{column} or rejected_{column}; {remedy}")
+    return list(columns)
 
 
 def _check_pair(pair: Mapping[str, Any], name: str, columns: Sequence[str]) -> None:

@@ -97,8 +97,12 @@ def sample_completions(
         return [
             {
                 **problems[i],
-                **{"sample": draw, "prompt_ids": prompts[i], "completion_ids": ids},
-                **{"completion": decode_completion(tokenizer, ids), "finish_reason": reason, "_row": i},
+                "sample": draw,
+                "prompt_ids": prompts[i],
+                "completion_ids": ids,
+                "completion": decode_completion(tokenizer, ids),
+                "finish_reason": reason,
+                "_row": i,
             }
             for i, draws in zip(batch, completions, strict=True)
             for draw, (ids, reason) in enumerate(draws)

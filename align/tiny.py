@@ -147,9 +147,9 @@ def miscalculations(solution: str) -> int:
         operator = "+" if "+" in left else "-"
         first, _, second = left.partition(operator)
         numbers = (first, second, result)
-        if not all(number.isdigit() for number in numbers):
-            wrong += 1
-        elif _calculate(int(first), (operator, int(second)))[1] != int(result):
+        if not all(number.isdigit() for number in numbers) or _calculate(int(first), (operator, int(second)))[1] != int(
+            result
+        ):
             wrong += 1
     return wrong
 

@@ -207,7 +207,7 @@ def shift_to_labels(rows: torch.Tensor) -> torch.Tensor:
     return rows[:, 1:]
 
 
-def pad_rows(rows: Sequence[Sequence], value: float | int, width: int | None = None) -> torch.Tensor:
+def pad_rows(rows: Sequence[Sequence], value: float, width: int | None = None) -> torch.Tensor:
     """(B, L) tensor of rows padded on the right with `value`, to the longest or to `width`."""
     import torch
 

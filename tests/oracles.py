@@ -26,7 +26,7 @@ def sequence_loss(policy, reference, pairs: list[dict], beta: float, weights) ->
     total = torch.zeros((), dtype=torch.float64)
     for pair in pairs:
         margin = torch.zeros((), dtype=torch.float64)
-        for sign, side, side_weights in zip((1, -1), ("chosen", "rejected"), weights(pair)):
+        for sign, side, side_weights in zip((1, -1), ("chosen", "rejected"), weights(pair), strict=True):
             ids = pair[f"{side}_ids"]
             new = completion_logps(policy, pair["prompt_ids"], ids)
             with torch.no_grad():
@@ -42,7 +42,7 @@ def position_loss(policy, reference, pairs: list[dict], beta: float, weights, wi
     total = torch.zeros((), dtype=torch.float64)
     for pair in pairs:
         weighted = {}
-        for side, side_weights in zip(("chosen", "rejected"), weights(pair)):
+        for side, side_weights in zip(("chosen", "rejected"), weights(pair), strict=True):
             ids = pair[f"{side}_ids"]
             new = completion_logps(policy, pair["prompt_ids"], ids)
             with torch.no_grad():
@@ -58,5 +58,5 @@ def contrastive_score(positive: list[float], negative: list[float], token: int, 
     """softmax_v((1+β) log p⁺(v) − β log p⁻(v)) at one token, from two rows of logits, with both softmaxes written out."""
     log_p = [z - math.log(sum(math.exp(y) for y in positive)) for z in positive]
     log_n = [z - math.log(sum(math.exp(y) for y in negative)) for z in negative]
-    powered = [math.exp((1 + beta) * p - beta * n) for p, n in zip(log_p, log_n)]
+    powered = [math.exp((1 + beta) * p - beta * n) for p, n in zip(log_p, log_n, strict=True)]
     return powered[token] / sum(powered)

@@ -35,7 +35,7 @@ def decoded(tokenizer, ids):
 
 def page_data(path):
     text = path.read_text(encoding="utf-8")
-    block = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S).group(1)
+    block = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL).group(1)
     return text, block, json.loads(block)
 
 
@@ -136,7 +136,7 @@ def test_page_has_the_ids_texts_and_numbers(tmp_path):
 def test_columns_in_the_order_asked_for_and_limit(tmp_path):
     pairs = random_pairs(4, columns=("ce_scores", "guidance_logratios", "weights"))
     del pairs[1]["chosen_weights"], pairs[1]["rejected_weights"]
-    wanted = ["weights", "ref_logps", "ce_scores"]
+    wanted = ["weights", "ce_scores"]
     path = inspect_pairs(pairs, TOKENIZER, tmp_path / "page.html", columns=wanted, limit=2)
     text, _, data = page_data(path)
     assert [column["name"] for column in data["columns"]] == ["weights", "ce_scores"]
@@ -175,8 +175,9 @@ def test_refusals_leave_nothing_behind(tmp_path):
         with pytest.raises(error, match=match):
             inspect_pairs(pairs, TOKENIZER, tmp_path / "page.html", **settings)
 
-    refused(MissingColumnError, "chosen_ce_scores.*align score", random_pairs(2))
-    refused(MissingColumnError, "chosen_x.*there are weights", random_pairs(2, columns=("weights",)), columns=["x"])
+    refused(MissingColumnError, "token-level column.*align score", random_pairs(2))
+    weighted = random_pairs(2, columns=("weights",))
+    refused(MissingColumnError, "chosen_x.*there are weights", weighted, columns=["weights", "x"])
     refused(RecordError, "no pairs", [])
     refused(ConfigError, "limit=0", random_pairs(2, columns=("weights",)), limit=0)
     for change, error, match in [

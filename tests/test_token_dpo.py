@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer
 from align import CDPOConfig, CDPOTrainer, TokenDPOConfig, TokenDPOTrainer
 from align.errors import ConfigError, MissingColumnError, RecordError
 
-LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
 
 
 def options(tmp_path, **kwargs):

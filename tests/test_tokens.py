@@ -81,10 +81,9 @@ def test_chat_template():
 
 
 def test_same_ids_as_trl_where_nothing_merges():
+    from conftest import tiny_llama
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
-
-    from conftest import tiny_llama
 
     rows = [
         {"prompt": [{"role": "user", "content": f"{i}?"}], "chosen": [{"role": "assistant", "content": f"{i}"}],

@@ -38,7 +38,7 @@ def check_reference_columns(trainer: TokenDPOTrainer) -> None:
         return
     lengths = [
         len(p) + max(len(c), len(r))
-        for p, c, r in zip(*(dataset[c] for c in ("prompt_ids", "chosen_ids", "rejected_ids")))
+        for p, c, r in zip(*(dataset[c] for c in ("prompt_ids", "chosen_ids", "rejected_ids")), strict=True)
     ]
     shortest = sorted(range(len(dataset)), key=lengths.__getitem__)[:ROWS]
     training = trainer.model.training

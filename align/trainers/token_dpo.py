@@ -156,7 +156,7 @@ class TokenDPOTrainer(DPOTrainer):
             model=model, ref_model=ref_model, args=args, data_collator=data_collator, train_dataset=train_dataset,
             eval_dataset=eval_dataset, processing_class=processing_class, **kwargs,
         )  # fmt: skip
-        if self.aux_loss_enabled and "position" == getattr(args, "loss_aggregation", None):
+        if self.aux_loss_enabled and getattr(args, "loss_aggregation", None) == "position":
             raise ConfigError("loss_aggregation='position' has no place for a router loss; set router_aux_loss_coef=0")
         if stored and args.check_reference and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             check_reference_columns(self)
@@ -220,15 +220,11 @@ class TokenDPOTrainer(DPOTrainer):
         stored = [inputs[f"{PREFIX}{side}_ref_logps"] for side in SIDES if f"{PREFIX}{side}_ref_logps" in inputs]
         inputs = {key: value for key, value in inputs.items() if not key.startswith(PREFIX)}
         captured = SimpleNamespace(log_probs=None)
-        if stored:
-            captured.log_probs = shift_to_labels(torch.cat(stored))
-            score = lambda **_: captured  # noqa: E731
-        else:
-            reference = self.ref_model or self.model
+        reference = self.ref_model or self.model
 
-            def score(**kwargs):
-                captured.log_probs = reference(**kwargs).log_probs
-                return captured
+        def score(**kwargs):
+            captured.log_probs = shift_to_labels(torch.cat(stored)) if stored else reference(**kwargs).log_probs
+            return captured
 
         # TRL's own method, for its way of finding the reference and of summing (`ld_alpha`).
         sums = torch.cat(self.compute_ref_log_probs(score, inputs))
