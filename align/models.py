@@ -72,12 +72,13 @@ def load_model(
         ModelMismatchError: the adapter does not belong to the base.
     """
     import torch
-    from accelerate import PartialState
     from transformers import AutoModelForCausalLM
+
+    from .processes import process_state
 
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
-    process = PartialState()
+    process = process_state()
     kwargs: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
         "use_safetensors": True,

@@ -288,17 +288,18 @@ def _options(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_main() -> bool:
-    from accelerate import PartialState
+    from .processes import process_state
 
-    return PartialState().is_main_process
+    return process_state().is_main_process
 
 
 def _on_main(work) -> Any:
     """Runs a stage that needs no sharing in the main process, the others wait; its result reaches all."""
-    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    process = PartialState()
+    from .processes import process_state
+
+    process = process_state()
     result = [work() if process.is_main_process else None]
     if process.num_processes > 1:
         broadcast_object_list(result)

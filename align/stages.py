@@ -105,10 +105,11 @@ def run_in_parts(
     Raises:
         RecordFileError: the output cannot be written.
     """
-    from accelerate import PartialState
     from tqdm import tqdm
 
-    process = PartialState()
+    from .processes import process_state
+
+    process = process_state()
     parts = Path(f"{path}.parts")
     if process.is_main_process and not is_complete(path, stage, settings):
         _open_parts(parts, stage, settings, len(batches))

@@ -10,10 +10,10 @@ import sys
 from typing import Annotated
 
 import typer
-from accelerate import PartialState
 
 from align.errors import AlignError
 from align.pipeline import CDPOChain, read_config
+from align.processes import process_state
 from align.report import markdown_table
 
 
@@ -27,7 +27,7 @@ def main(
         summary = CDPOChain(read_config(config, set_), output).run()
     except AlignError as error:
         sys.exit(f"align: {error}")
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         print("\n" + markdown_table(summary["table"]))
         if share := summary.get("lowest score is the first error"):
             print(

@@ -11,6 +11,7 @@ import typer
 
 from align.errors import AlignError
 from align.pipeline import read_config
+from align.processes import process_state
 from align.records import read_records
 from align.trainers.training import train_sft
 
@@ -29,7 +30,8 @@ def main(
         )
     except AlignError as error:
         sys.exit(f"align: {error}")
-    print(f"{output}: {counts or 'was complete already'}")
+    if process_state().is_main_process:
+        print(f"{output}: {counts or 'was complete already'}")
 
 
 if __name__ == "__main__":

@@ -3,16 +3,16 @@
 import json
 import sys
 
-from accelerate import PartialState
 from conftest import byte_level_tokenizer, random_pairs, tiny_llama
 from datasets import Dataset
 from peft import LoraConfig
 
 from align import CDPOConfig, CDPOTrainer
+from align.processes import process_state
 
 out, aggregation = sys.argv[1:]
 args = CDPOConfig(
-    out, per_device_train_batch_size=4 // PartialState().num_processes, max_steps=10, bf16=False, report_to="none",
+    out, per_device_train_batch_size=4 // process_state().num_processes, max_steps=10, bf16=False, report_to="none",
     logging_steps=1, learning_rate=1e-3, gradient_checkpointing=False, use_cpu=True, save_strategy="no", disable_tqdm=True,
     loss_aggregation=aggregation,
 )  # fmt: skip
@@ -24,8 +24,9 @@ trainer = CDPOTrainer(
     peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
 )  # fmt: skip
 trainer.train()
-if PartialState().is_main_process:
+if process_state().is_main_process:
     keys = ("loss", "rewards/margins", "weights/rejected")
+    print("PROCESSES", process_state().num_processes)
     print(
         "LOGGED", json.dumps([[entry[key] for key in keys] for entry in trainer.state.log_history if "loss" in entry])
     )

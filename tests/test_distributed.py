@@ -7,7 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import random_pairs, tiny_llama
+from datasets import Dataset
 
+from align import TokenDPOConfig, TokenDPOTrainer
+from align.errors import ConfigError
+from align.records import read_records
+
+TRAININGS = ("contrastive", "methods.sft", "methods.dpo", "methods.cdpo")
 TESTS = Path(__file__).parent
 ENVIRONMENT = {
     **os.environ,
@@ -40,21 +47,39 @@ def test_two_processes_log_the_losses_of_one(tmp_path, aggregation):
         out = launch(
             processes, str(TESTS / "ddp_losses.py"), str(tmp_path / str(processes)), aggregation, port=29600 + processes
         )
+        assert f"PROCESSES {processes}\n" in out
         logged.append(json.loads(out.split("LOGGED", 1)[1]))
     assert len(logged[0]) == 10
     for one, two in zip(*logged, strict=True):
         assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
 
 
-def test_two_processes_sample_the_rows_of_one(tmp_path):
-    from align.records import read_records
-
-    rows = []
+def test_two_processes_run_the_chain_that_one_runs(tmp_path):
+    """The whole recipe: stages share their batches, trainings their gradients; what needs no sharing is done once."""
+    common = [
+        "train.limit=12", "test.limit=8", "sample.n=4", "sample.batch_size=16", "evaluate.batch_size=4",
+        "contrastive.args.max_steps=2", *(f"methods.{method}.args.max_steps=2" for method in ("sft", "dpo", "cdpo")),
+    ]  # fmt: skip
     for processes in (1, 2):
-        out = tmp_path / f"{processes}.jsonl"
-        launch(
-            processes, "-m", "align", "sample", "data/tiny-arithmetic/test.jsonl", str(out), "--model", "data/tiny-arithmetic/model",
-            "--dtype", "float32", "--limit", "12", "--n", "2", "--batch-size", "6", "--max-new-tokens", "20", port=29610 + processes,
-        )  # fmt: skip
-        rows.append(read_records(out, "sample"))
-    assert len(rows[0]) == 24 and rows[0] == rows[1]
+        batch = [f"{section}.args.per_device_train_batch_size={4 // processes}" for section in TRAININGS]
+        flags = [word for value in (*common, *batch) for word in ("--set", value)]
+        config = "recipes/configs/cdpo/tiny-arithmetic.yaml"
+        recipe = ["recipes/cdpo.py", "--config", config, "--output", str(tmp_path / str(processes)), *flags]
+        assert launch(processes, *recipe, port=29610 + processes).count("| cDPO") == 1  # one table, not one each
+    one, two = (
+        {path.relative_to(tmp_path / folder): path for path in sorted((tmp_path / folder).rglob("*.jsonl"))}
+        for folder in ("1", "2")
+    )
+    assert one.keys() == two.keys() and len(one) >= 12
+    for name in ("samples.jsonl", "verdicts.jsonl", "pairs.jsonl", "test/base-samples.jsonl"):
+        assert one[Path(name)].read_bytes() == two[Path(name)].read_bytes()
+    for row, other in zip(*(read_records(rows[Path("scored.jsonl")]) for rows in (one, two)), strict=True):
+        for column in ("chosen_ref_logps", "rejected_ce_scores"):
+            assert row[column] == pytest.approx(other[column], rel=1e-3, abs=1e-4)
+
+
+def test_a_process_alone_that_was_launched_to_share_is_refused(tmp_path, monkeypatch):
+    args = TokenDPOConfig(str(tmp_path), bf16=False, use_cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 processes were launched.*use_cpu=True"):
+        TokenDPOTrainer(tiny_llama(), args=args, train_dataset=Dataset.from_list(random_pairs(2)))

@@ -15,6 +15,7 @@ from trl.trainer.utils import get_config_model_id
 from ..errors import ConfigError
 from ..losses import weighted_logps
 from ..models import load_tokenizer
+from ..processes import check_group
 from ..tokens import label_values, pad_rows, shift_to_labels, truncate
 from .preference_data import SIDES, has_reference, pad_columns, prepare_preference_dataset
 from .reference_check import check_reference_columns
@@ -129,6 +130,7 @@ class TokenDPOTrainer(DPOTrainer):
             raise ConfigError(
                 f"args is a {type(args).__name__}; {type(self).__name__} needs {self.config_class.__name__}"
             )
+        check_group(args.world_size)
         if processing_class is None:
             processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
         if not hasattr(processing_class, "pad_token"):

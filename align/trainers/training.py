@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from transformers.trainer_utils import get_last_checkpoint
@@ -19,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..errors import ConfigError, RecordError
 from ..models import base_fingerprint, load_model, load_tokenizer, model_identity, write_base_file
+from ..processes import process_state
 from ..records import Record, check_records
 from ..stages import is_complete, records_hash, write_manifest
 from .cdpo import CDPOTrainer
@@ -35,7 +35,7 @@ def _arguments(cls: type, args: Mapping[str, Any], out_dir: Path) -> Any:
     known = {field.name for field in dataclasses.fields(cls) if field.init}
     if unknown := sorted(set(args) - known):
         raise ConfigError(f"{', '.join(unknown)}: no field of {cls.__name__}; mend the name or remove it")
-    if PartialState().device.type == "cpu":
+    if process_state().device.type == "cpu":
         args = {"use_cpu": True, "dataloader_pin_memory": False, **args}
     return cls(output_dir=str(out_dir), **{"report_to": "none", **args})
 
@@ -133,7 +133,7 @@ def _train(
     method: str, model: Mapping[str, Any], rows: list[dict], out_dir, build, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """Trains in `<out_dir>.training`, resuming from its last checkpoint, and moves the result to `out_dir`."""
-    out_dir, process = Path(out_dir), PartialState()
+    out_dir, process = Path(out_dir), process_state()
     settings = {**settings, "model": {**model, "path": model_identity(model["path"])}, "data": records_hash(rows)}
     if is_complete(out_dir, method, settings):
         return {}

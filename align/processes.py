@@ -1,0 +1,45 @@
+"""The processes of one launch: on a GPU each, or sharing the CPU."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+
+def process_state() -> PartialState:
+    """accelerate's state of this process; every module of ours asks for it here.
+
+    accelerate forms no group on the CPU unless it is told to, and whoever asks first decides for the whole process.
+
+    Raises:
+        ConfigError: several processes were launched, but this one is alone.
+    """
+    import torch
+    from accelerate import PartialState
+
+    launched = launched_processes()
+    cpu = (
+        os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available()
+    )
+    state = PartialState(cpu=True) if launched > 1 and cpu else PartialState()
+    check_group(state.num_processes)
+    return state
+
+
+def launched_processes() -> int:
+    """How many processes torchrun, or `accelerate launch` by way of it, has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_group(processes: int) -> None:
+    """Raises a ConfigError where a process would do everything alone that it was launched to share."""
+    if processes != launched_processes():
+        raise ConfigError(
+            f"{launched_processes()} processes were launched, but they form groups of {processes}: each would do all of "
+            "the work. On the CPU, set use_cpu=True and let nothing ask accelerate for its state before the trainer is made"
+        )
