@@ -25,18 +25,44 @@ MaxTokens = Annotated[int, typer.Option(help="Token budget of a batch, padding i
 MaxLength = Annotated[int | None, typer.Option(help="Leave out (and count) pairs longer than so many tokens.")]
 
 
+def _first() -> bool:
+    """Whether this is the one process, of several under accelerate, that prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _print(counts: dict) -> None:
-    if os.environ.get("RANK", "0") == "0":  # under accelerate, once
+    if _first():
         typer.echo(json.dumps(counts, indent=2, ensure_ascii=False))
 
 
-def _load(model: str, adapter: str | None, dtype: str, quantization: str | None, trust: bool):
-    from .models import load_model, load_tokenizer, model_identity
+def _identity(model: str, dtype: str, quantization: str | None, **adapters: str | None) -> dict:
+    """What an output depends on besides its inputs, for its manifest."""
+    from .models import model_identity
 
-    identity = {"model": model_identity(model), "adapter": model_identity(adapter) if adapter else None}
+    identity = {name: model_identity(path) if path else None for name, path in {"model": model, **adapters}.items()}
+    return {**identity, "dtype": dtype, "quantization": quantization}
+
+
+def _finished(out: str, stage: str, settings: dict) -> bool:
+    """Whether there is nothing left to do; asked before a model is loaded."""
+    from .stages import is_complete, read_manifest
+
+    if not is_complete(out, stage, settings):
+        return False
+    _print(read_manifest(out)["counts"])
+    return True
+
+
+def _load(model: str, adapter: str | None, dtype: str, quantization: str | None, trust: bool):
+    from .models import load_model, load_tokenizer
+
     loaded = load_model(model, dtype=dtype, quantization=quantization, adapter=adapter, trust_remote_code=trust)
-    identity |= {"dtype": dtype, "quantization": quantization}
-    return loaded, load_tokenizer(model, trust_remote_code=trust), identity
+    return loaded, load_tokenizer(model, trust_remote_code=trust)
+
+
+def _unescape(text: str | None) -> str | None:
+    """A shell leaves `\\n` as two characters, where a line break is meant."""
+    return text and text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 @app.command()
@@ -51,13 +77,15 @@ def sample(
     top_k: int = 0,
     max_new_tokens: int = 512,
     max_prompt_length: int | None = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion; may be repeated.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends a completion, \\n a line break; may be repeated.")
+    ] = None,
     seed: int = 0,
     batch_size: int = 64,
     split: str = "train",
     subset: str | None = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many problems.")] = None,
-    prompt_template: Annotated[str | None, typer.Option(help="Text with {prompt} in it.")] = None,
+    prompt_template: Annotated[str | None, typer.Option(help="Text with {prompt} in it, \\n a line break.")] = None,
     chat: Annotated[bool, typer.Option(help="Put the prompt through the chat template.")] = False,
     system_prompt: str | None = None,
     dtype: Dtype = "bfloat16",
@@ -69,21 +97,23 @@ def sample(
     Example: align sample data/tiny-arithmetic/test.jsonl samples.jsonl --model data/tiny-arithmetic/model --n 4 --dtype float32
     """
     from .problems import load_problems
-    from .sample import SampleConfig, sample_completions
+    from .sample import SampleConfig, sample_completions, sample_settings
 
-    config = SampleConfig(
-        n, temperature, top_p, top_k, max_new_tokens, max_prompt_length, tuple(stop or ()), seed, batch_size
-    )
+    stops = tuple(map(_unescape, stop or ()))
+    config = SampleConfig(n, temperature, top_p, top_k, max_new_tokens, max_prompt_length, stops, seed, batch_size)
     rows = load_problems(
         problems,
         split=split,
         subset=subset,
         limit=limit,
-        prompt_template=prompt_template,
+        prompt_template=_unescape(prompt_template),
         chat=chat,
-        system_prompt=system_prompt,
+        system_prompt=_unescape(system_prompt),
     )
-    loaded, tokenizer, identity = _load(model, adapter, dtype, quantization, trust_remote_code)
+    identity = _identity(model, dtype, quantization, adapter=adapter)
+    if _finished(out, "sample", sample_settings(rows, config, identity)):
+        return
+    loaded, tokenizer = _load(model, adapter, dtype, quantization, trust_remote_code)
     _print(sample_completions(loaded, tokenizer, rows, out, config, identity))
 
 
@@ -136,14 +166,17 @@ def score_contrastive(
 
     Example: align score contrastive pairs.jsonl scored.jsonl --model BASE --positive runs/positive --negative runs/negative
     """
-    from .models import load_adapters, model_identity
+    from .models import load_adapters
     from .records import read_records
     from .scoring.contrastive import score_contrastive as stage
+    from .scoring.pairs import score_settings
 
     rows = read_records(pairs, "pair")
-    base, tokenizer, identity = _load(model, None, dtype, quantization, trust_remote_code)
+    identity = _identity(model, dtype, quantization, positive=positive, negative=negative)
+    if _finished(out, "score contrastive", score_settings(rows, max_length, {"beta": beta, **identity})):
+        return
+    base, tokenizer = _load(model, None, dtype, quantization, trust_remote_code)
     loaded = load_adapters(base, {"positive": positive, "negative": negative})
-    identity |= {"positive": model_identity(positive), "negative": model_identity(negative)}
     _print(
         stage(
             loaded, rows, out, pad_token_id=tokenizer.pad_token_id, beta=beta, max_length=max_length,
@@ -169,10 +202,14 @@ def score_reference(
     Example: align score reference pairs.jsonl referenced.jsonl --model BASE
     """
     from .records import read_records
+    from .scoring.pairs import score_settings
     from .scoring.reference import score_reference as stage
 
     rows = read_records(pairs, "pair")
-    loaded, tokenizer, identity = _load(model, adapter, dtype, quantization, trust_remote_code)
+    identity = _identity(model, dtype, quantization, adapter=adapter)
+    if _finished(out, "score reference", score_settings(rows, max_length, identity)):
+        return
+    loaded, tokenizer = _load(model, adapter, dtype, quantization, trust_remote_code)
     _print(
         stage(
             loaded, rows, out, pad_token_id=tokenizer.pad_token_id, max_length=max_length,
@@ -196,7 +233,7 @@ def evaluate(
     from .report import markdown_table
 
     result = evaluate_verdicts(read_records(verdicts, "verdict"), k or ())
-    if as_json:
+    if as_json or not _first():
         _print(result)
         return
     rows = [

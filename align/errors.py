@@ -29,3 +29,7 @@ class ModelMismatchError(AlignError, ValueError):
 
 class RecordFileError(AlignError, OSError):
     """A file that cannot be read or written."""
+
+
+class ModelLoadError(AlignError, OSError):
+    """No model or tokenizer can be loaded from a path."""

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from .errors import ConfigError, RecordError
-from .records import Record
+from .records import Record, check_records
 from .verify import canonical_answer
 
 #: Two-sided 95 % quantile of the normal distribution.
@@ -53,13 +53,14 @@ def majority_at_k(verdicts: Sequence[Record], k: int) -> float:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean over problems: Wilson's where every value is 0 or 1, else the normal one, within [0, 1].
+    """95 % interval of the mean over problems: Wilson's where every value is 0 or 1, or all are the same (which says
+    nothing about their spread), else the normal one, within [0, 1].
 
     Args:
         values: one number per problem.
     """
     n, mean = len(values), fmean(values)
-    if all(value in (0.0, 1.0) for value in values):
+    if all(value in (0.0, 1.0) for value in values) or (n > 1 and stdev(values) == 0):
         centre = (mean + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
         half = Z95 / (1 + Z95**2 / n) * math.sqrt(mean * (1 - mean) / n + Z95**2 / (4 * n**2))
     elif n == 1:
@@ -81,9 +82,10 @@ def evaluate_verdicts(verdicts: Sequence[Record], ks: Sequence[int] = ()) -> dic
         `maj@k`) a dict of `value`, `low`, `high`.
 
     Raises:
-        RecordError: there are no verdicts.
+        RecordError, MissingColumnError: there are no verdicts, or one does not fit the schema.
         ConfigError: some problem has fewer than k draws.
     """
+    check_records(verdicts, "verdict", source="verdicts")
     problems: dict[str, list[Record]] = defaultdict(list)
     for row in verdicts:
         problems[row["id"]].append(row)

@@ -37,25 +37,6 @@ def weighted_logps(logps: torch.Tensor, ref_logps: torch.Tensor, weights: torch.
     return logps + (weights - 1.0) * (logps - ref_logps)
 
 
-def sequence_token_dpo_loss(
-    chosen_logratios: torch.Tensor,
-    rejected_logratios: torch.Tensor,
-    chosen_weights: torch.Tensor,
-    rejected_weights: torch.Tensor,
-    beta: float,
-) -> torch.Tensor:
-    """Token-weighted DPO: −log σ( β (Σ_t w⁺_t Δ⁺_t − Σ_t w⁻_t Δ⁻_t) ), the mean over pairs.
-
-    The trainers do not call it (TRL's own loss runs on the weighted sums); it is here for those who write their own loop.
-
-    Args:
-        chosen_logratios, chosen_weights: (B, T⁺); rejected_logratios, rejected_weights: (B, T⁻).
-        beta: inverse temperature of the implicit reward.
-    """
-    margins = (chosen_weights * chosen_logratios).sum(-1) - (rejected_weights * rejected_logratios).sum(-1)
-    return -F.logsigmoid(beta * margins).mean()
-
-
 def position_token_dpo_loss(
     chosen_logratios: torch.Tensor,
     rejected_logratios: torch.Tensor,

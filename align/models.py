@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError, ModelMismatchError
+from .errors import ConfigError, ModelLoadError, ModelMismatchError
 from .records import atomic_path
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -69,6 +70,7 @@ def load_model(
 
     Raises:
         ConfigError: unknown dtype or quantization.
+        ModelLoadError: there is no model in safetensors at `path`.
         ModelMismatchError: the adapter does not belong to the base.
     """
     import torch
@@ -89,7 +91,10 @@ def load_model(
         kwargs |= {"quantization_config": quantized, "device_map": {"": process.device}}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
-    model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    except OSError as error:
+        raise ModelLoadError(_not_loaded(path, "model", error)) from error
     if quantized is None:
         model = model.to(process.device)
     if adapter is not None:
@@ -105,12 +110,20 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ModelLoadError(_not_loaded(path, "tokenizer", error)) from error
     if tokenizer.eos_token_id is None:
         raise ModelMismatchError(f"{path}: the tokenizer has no EOS token; set `eos_token` in its configuration")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _not_loaded(path: str, what: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    return f"{path}: no {what} can be loaded from there ({reason}); give a folder with safetensors or a hub name"
 
 
 def vocab_size(model: PreTrainedModel | PeftModel) -> int:
@@ -119,20 +132,42 @@ def vocab_size(model: PreTrainedModel | PeftModel) -> int:
 
 
 def base_fingerprint(model: PreTrainedModel | PeftModel) -> str:
-    """A hash of a base model's architecture and a sample of its weights; adapters on it do not change it.
+    """Two hashes of a base model, with a dot between; adapters on it change neither.
 
-    The sample (norms, biases and the first embeddings, rounded to bfloat16) is what neither quantization nor the
-    dtype of loading changes, and it tells fine-tunes of one architecture apart.
+    The first is of its architecture and what neither quantization nor the dtype of loading changes: norms, biases and
+    the first embeddings, rounded to bfloat16. The second is of a part of every weight matrix, so that a fine-tune or a
+    merged adapter is told apart, too; a quantized model has none of it and is compared by the first alone.
     """
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     digest = hashlib.sha256()
     config = base.config.get_text_config()
     fields = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     digest.update(json.dumps([getattr(config, field, None) for field in fields]).encode())
-    sample = [p for name, p in sorted(base.named_parameters()) if p.dim() == 1 and "lora_" not in name]
-    for parameter in [*sample, base.get_input_embeddings().weight[:256]]:
-        digest.update(parameter.detach().bfloat16().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    # PEFT names an adapted layer's own weights `….base_layer.weight`.
+    own = {n.replace(".base_layer", ""): p for n, p in base.named_parameters() if "lora_" not in n}
+    for parameter in [own[name] for name in sorted(own) if own[name].dim() == 1] + [_embedding(base)]:
+        digest.update(_rounded(parameter))
+    if getattr(base, "quantization_method", None) is not None:
+        return f"{digest.hexdigest()}."
+    matrices = hashlib.sha256()
+    for name in sorted(own):
+        if own[name].dim() > 1:
+            matrices.update(_rounded(own[name].flatten()[:: max(1, own[name].numel() // 1024)]))
+    return f"{digest.hexdigest()}.{matrices.hexdigest()}"
+
+
+def _embedding(base: PreTrainedModel) -> torch.Tensor:
+    return base.get_input_embeddings().weight[:256]
+
+
+def _rounded(parameter: torch.Tensor) -> bytes:
+    return parameter.detach().bfloat16().float().cpu().numpy().tobytes()
+
+
+def same_base(fingerprint: str, other: str) -> bool:
+    """Whether two fingerprints are of one base; a hash that only one of them has is not compared."""
+    parts = zip(fingerprint.split("."), other.split("."), strict=False)
+    return all(one == two for one, two in parts if one and two)
 
 
 def write_base_file(
@@ -178,7 +213,7 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftMo
 
 
 def _check_base_file(path: str, fingerprint: str, model: PreTrainedModel) -> None:
-    if not Path(path).exists() and Path(path).is_absolute():
+    if not Path(path).exists() and (Path(path).is_absolute() or Path(path).parent.is_dir()):
         raise ModelMismatchError(f"adapter {path}: no such folder; train it first or check the path")
     file = Path(path) / BASE_FILE
     if not file.is_file():
@@ -190,7 +225,7 @@ def _check_base_file(path: str, fingerprint: str, model: PreTrainedModel) -> Non
         raise ModelMismatchError(
             f"{file}: not readable ({error}); delete it to skip this check, or train again"
         ) from None
-    if recorded != fingerprint:
+    if not same_base(recorded, fingerprint):
         raise ModelMismatchError(
             f"adapter {path} was trained on {name}, whose weights differ from those of {model.config._name_or_path}; "
             "give the base it was trained on"

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from .errors import ConfigError, RecordError
-from .records import Record, check_records, read_records, write_records
-from .stages import file_hash, is_complete, read_manifest, write_manifest
+from .records import Record, check_output, check_records, read_records, write_records
+from .stages import file_hash, forget, is_complete, read_manifest, write_manifest
 from .verify import canonical_answer
 
 
@@ -56,7 +56,7 @@ def select_pairs(verdicts: Sequence[Record], config: PairConfig | None = None) -
     (`problems`, `problems_without_correct`, `problems_without_wrong`, `problems_without_either`).
 
     Raises:
-        MissingColumnError, RecordError: a verdict does not fit the schema.
+        MissingColumnError, RecordError: a verdict does not fit the schema, or a problem has two prompts.
     """
     config = config or PairConfig()
     check_records(verdicts, "verdict", source="verdicts")
@@ -65,8 +65,14 @@ def select_pairs(verdicts: Sequence[Record], config: PairConfig | None = None) -
         | dict.fromkeys(("problems_without_correct", "problems_without_wrong", "problems_without_either"), 0)
     )
     by_problem: dict[str, list[Record]] = defaultdict(list)
+    prompts: dict[str, list[int]] = {}
     for row in verdicts:
         counts["completions"] += 1
+        if prompts.setdefault(row["id"], row["prompt_ids"]) != row["prompt_ids"]:
+            raise RecordError(
+                f"verdicts, problem {row['id']!r}: sample {row['sample']} has other prompt_ids than the first one, so that a "
+                "pair would join two prompts; pair the samples of each tokenizer and template on their own"
+            )
         usable = by_problem[row["id"]]
         if not row["completion_ids"]:
             counts["completions_empty"] += 1
@@ -154,6 +160,8 @@ def pair(
     paths = (positive_path, negative_path, pairs_path)
     if all(is_complete(path, "pair", settings) for path in paths):
         return read_manifest(pairs_path)["counts"]
+    for path in paths:
+        check_output(path)
     selection = select_pairs(read_records(verdicts_path, "verdict"), config)
     if not selection.pairs:
         dropped = ", ".join(f"{reason}: {n}" for reason, n in selection.counts.items() if n)
@@ -161,6 +169,8 @@ def pair(
             f"{verdicts_path}: no problem has both a correct and a wrong completion ({dropped}); "
             "sample more completions per problem, or at another temperature"
         )
+    for path in paths:
+        forget(path)
     for path, rows in zip(paths, (selection.positive, selection.negative, selection.pairs), strict=True):
         write_records(path, rows)
         write_manifest(path, "pair", settings, selection.counts)

@@ -11,6 +11,7 @@ import gc
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,17 @@ def _scalar(text: str) -> Any:
     return value
 
 
-def _section(cls: type, values: Mapping[str, Any], name: str) -> Any:
-    known = {f.name for f in fields(cls)}
+def _check_keys(section: str, values: Any, known: set[str], needed: str | None = None) -> None:
+    if not isinstance(values, dict):
+        raise ConfigError(f"section {section!r}: {values!r} must be a mapping of names to values")
     if unknown := sorted(set(values) - known):
-        raise ConfigError(f"section {name!r}: unknown {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+        raise ConfigError(f"section {section!r}: unknown {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    if needed is not None and needed not in values:
+        raise ConfigError(f"section {section!r}: {needed} is missing")
+
+
+def _section(cls: type, values: Mapping[str, Any], name: str) -> Any:
+    _check_keys(name, values, {f.name for f in fields(cls)})
     return cls(**values)
 
 
@@ -122,14 +130,34 @@ class CDPOChain:
 
     def __init__(self, config: ChainConfig, out: str | Path) -> None:
         self.config, self.out = config, Path(out)
+        self._check_sections()
         self.sampling = _section(SampleConfig, config.sample, "sample")
         self.pairing = _section(PairConfig, config.pair, "pair")
         self.ks = config.evaluate.get("ks", [])
         self.testing = _section(SampleConfig, {k: v for k, v in config.evaluate.items() if k != "ks"}, "evaluate")
-        if unknown := sorted(set(config.score) - {"beta", "max_length", "max_tokens_per_batch"}):
-            raise ConfigError(f"section 'score': unknown {', '.join(unknown)}")
+        if not isinstance(self.ks, list) or any(not isinstance(k, int) or k < 1 for k in self.ks):
+            raise ConfigError(f"section 'evaluate': ks = {self.ks!r} must be a list of whole numbers")
         if any(k > self.testing.n for k in self.ks):
             raise ConfigError(f"section 'evaluate': ks = {self.ks} need n of at least {max(self.ks)}")
+
+    def _check_sections(self) -> None:
+        """Every key of every section reaches something that knows it; asked before hours of work, not after."""
+        from .models import load_model
+        from .trainers.training import check_training
+
+        config = self.config
+        _check_keys("model", config.model, set(signature(load_model).parameters) - {"adapter"}, needed="path")
+        for name in ("train", "test"):
+            _check_keys(name, getattr(config, name), set(signature(load_problems).parameters), needed="source")
+        _check_keys("score", config.score, {"beta", "max_length", "max_tokens_per_batch"})
+        if config.score.get("beta", 1.0) < 0:
+            raise ConfigError(f"section 'score': beta = {config.score['beta']} must not be negative")
+        _check_keys("inspect", config.inspect, {"limit", "first_error"})
+        _check_keys("contrastive", config.contrastive, {"args", "lora"})
+        check_training("sft", self.out, **config.contrastive)
+        for method, settings in config.methods.items():
+            _check_keys(f"methods.{method}", settings, {"args", "lora"})
+            check_training(method, self.out, **settings)
 
     def run(self) -> dict[str, Any]:
         """Runs all stages; returns, and writes to `summary.json`, the table and what was counted on the way."""
@@ -142,13 +170,18 @@ class CDPOChain:
 
     def _model(self, adapter: Path | None = None):
         """Model and tokenizer; a folder without an adapter in it is a fully fine-tuned model of its own."""
-        from .models import load_model, load_tokenizer
+        from .models import load_model
 
-        settings = dict(self.config.model)
-        tokenizer = load_tokenizer(settings["path"], trust_remote_code=settings.get("trust_remote_code", False))
+        settings, tokenizer = dict(self.config.model), self._tokenizer()
         if adapter is not None and not (adapter / "adapter_config.json").exists():
             return load_model(**{**settings, "path": str(adapter)}), tokenizer
         return load_model(**settings, adapter=str(adapter) if adapter else None), tokenizer
+
+    def _tokenizer(self):
+        from .models import load_tokenizer
+
+        trusted = self.config.model.get("trust_remote_code", False)
+        return load_tokenizer(self.config.model["path"], trust_remote_code=trusted)
 
     def _sample(
         self, problems: list[Record], path: Path, config: SampleConfig, adapter: Path | None = None
@@ -169,15 +202,18 @@ class CDPOChain:
     def make_pairs(self) -> dict[str, Any]:
         """Samples, verifies, pairs."""
         out = self.out
-        sampled = self._sample(load_problems(**self.config.train), out / "samples.jsonl", self.sampling)
-        verified = _on_main(lambda: verify(out / "samples.jsonl", out / "verdicts.jsonl"))
+        problems = load_problems(**self.config.train)
+        if self.config.inspect.get("first_error") and not all("solution" in problem for problem in problems):
+            raise ConfigError("section 'inspect': first_error needs a solution for every problem; set it to false")
+        sampled = self._sample(problems, out / "samples.jsonl", self.sampling)
+        verified = verify(out / "samples.jsonl", out / "verdicts.jsonl")
         paths = (out / "pairs.jsonl", out / "positive.jsonl", out / "negative.jsonl")
         paired = _on_main(lambda: pair(out / "verdicts.jsonl", *paths, self.pairing))
         return {"sample": sampled, "verify": verified, "pair": paired}
 
     def score(self) -> dict[str, int]:
         """Trains the two contrastive models, scores the pairs under both, and adds reference log-probabilities."""
-        from .models import load_adapters, load_model, load_tokenizer, model_identity
+        from .models import load_adapters, load_model, model_identity
         from .scoring.contrastive import score_contrastive
         from .scoring.pairs import score_settings
         from .scoring.reference import score_reference
@@ -200,7 +236,7 @@ class CDPOChain:
             if is_complete(scored, "score contrastive", settings):
                 return read_manifest(scored)["counts"]  # before a model is loaded for nothing
         model = load_model(**self.config.model)
-        options["pad_token_id"] = load_tokenizer(self.config.model["path"]).pad_token_id
+        options["pad_token_id"] = self._tokenizer().pad_token_id
         score_reference(model, pairs, referenced, settings=identity, **options)
         model = load_adapters(model, adapters)
         return score_contrastive(model, read_records(referenced), scored, settings=both, beta=beta, **options)
@@ -249,10 +285,9 @@ class CDPOChain:
         return summary
 
     def _write_page(self, table: list[dict]) -> dict[str, float] | None:
-        from .models import load_tokenizer
         from .report import inspect_pairs
 
-        tokenizer = load_tokenizer(self.config.model["path"])
+        tokenizer = self._tokenizer()
         pairs = read_records(self.out / "scored.jsonl")
         share = mark_first_errors(pairs, tokenizer) if self.config.inspect.get("first_error") else None
         inspect_pairs(

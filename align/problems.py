@@ -50,7 +50,14 @@ def load_problems(
     else:
         from datasets import load_dataset
 
-        raw = load_dataset(source, subset, split=split)
+        try:
+            raw = load_dataset(source, subset, split=split)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"{source}: neither a .jsonl or .parquet file nor a data set that loads ({reason}); check the name, split "
+                "and subset"
+            ) from error
     if len(raw) == 0:
         raise RecordError(f"{source}: there are no problems in it")
     count = len(raw) if limit is None else min(limit, len(raw))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError
@@ -26,7 +27,9 @@ def process_state() -> PartialState:
     cpu = (
         os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available()
     )
-    state = PartialState(cpu=True) if launched > 1 and cpu else PartialState()
+    # While one process pairs or writes the page, the others wait: minutes with much data, and NCCL's default is ten.
+    options = {"timeout": timedelta(hours=6)} if launched > 1 else {}
+    state = PartialState(cpu=launched > 1 and cpu, **options)
     check_group(state.num_processes)
     return state
 

@@ -113,6 +113,19 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             temporary.unlink()
 
 
+def check_output(path: str | os.PathLike) -> None:
+    """Raises a RecordFileError where `write_records` could not write to `path`; call it before the work.
+
+    Raises:
+        RecordFileError: the ending is unknown, or `path` is a folder.
+    """
+    path = Path(path)
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise RecordFileError(f"{path}: unknown ending {path.suffix!r}; use .jsonl or .parquet")
+    if path.is_dir():
+        raise RecordFileError(f"{path} is a folder; give the name of a file in it")
+
+
 def write_records(path: str | os.PathLike, rows: Sequence[Record]) -> None:
     """Writes records as JSONL or Parquet, by file ending; the file appears whole or not at all.
 
@@ -121,21 +134,20 @@ def write_records(path: str | os.PathLike, rows: Sequence[Record]) -> None:
         RecordError: a value cannot be represented (a NaN in JSONL, say).
     """
     path = Path(path)
+    check_output(path)
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
 
         with atomic_path(path) as temporary:
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), temporary)
-    elif path.suffix == ".jsonl":
+    else:
         with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for index, row in enumerate(rows):
                 try:
                     file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
                 except (TypeError, ValueError) as error:
                     raise RecordError(f"{path}, {row_name(row, index)}: cannot be written as JSON: {error}") from None
-    else:
-        raise RecordFileError(f"{path}: unknown ending {path.suffix!r}; use .jsonl or .parquet")
 
 
 def check_records(rows: Iterable[Mapping[str, Any]], kind: str, source: str = "records") -> None:
@@ -143,9 +155,9 @@ def check_records(rows: Iterable[Mapping[str, Any]], kind: str, source: str = "r
 
     Raises:
         MissingColumnError: a required column is missing from a row.
-        RecordError: a value has the wrong type, length or range, or a problem id occurs twice.
+        RecordError: a value has the wrong type, length or range, or a problem or a draw occurs twice.
     """
-    seen: set[str] = set()
+    seen: set[Any] = set()
     for index, row in enumerate(rows):
         name = f"{source}, {row_name(row, index)}"
         for column in REQUIRED[kind]:
@@ -159,6 +171,19 @@ def check_records(rows: Iterable[Mapping[str, Any]], kind: str, source: str = "r
             if row["id"] in seen:
                 raise RecordError(f"{name}: the id occurs twice; ids of problems must be unique")
             seen.add(row["id"])
+        if kind in ("sample", "verdict"):
+            if not isinstance(row["sample"], int) or isinstance(row["sample"], bool):
+                raise RecordError(f"{name}: sample {row['sample']!r} must be an integer, the number of the draw")
+            if (row["id"], row["sample"]) in seen:
+                raise RecordError(
+                    f"{name}: sample {row['sample']} of this problem occurs twice; remove one, or renumber"
+                )
+            seen.add((row["id"], row["sample"]))
+        if kind == "verdict":
+            if not isinstance(row["correct"], bool):
+                raise RecordError(f"{name}: correct {row['correct']!r} must be true or false")
+            if row["extracted"] is not None and not isinstance(row["extracted"], str):
+                raise RecordError(f"{name}: extracted {row['extracted']!r} must be text, or null for no answer")
         _check_prompt(row["prompt"], name)
         for column in _TEXT_COLUMNS:
             if column in REQUIRED[kind] and not isinstance(row[column], str):

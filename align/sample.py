@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, RecordError
@@ -30,7 +30,7 @@ class SampleConfig:
         max_prompt_length: longer prompts are left out and counted.
         stop: texts that end a completion; what follows the token before them is cut and EOS is put there.
         seed: with the number of the batch, decides every draw.
-        batch_size: completions generated together.
+        batch_size: most completions generated together.
     """
 
     n: int = 1
@@ -51,7 +51,8 @@ class SampleConfig:
             raise ConfigError(f"sample: top_p = {self.top_p} must lie in (0, 1]")
         if self.temperature == 0 and self.n > 1:
             raise ConfigError(f"sample: temperature 0 gives n = {self.n} equal completions; set n = 1 or a temperature")
-        object.__setattr__(self, "stop", tuple(self.stop))  # YAML and the command line give lists
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)  # YAML and the command line give lists
+        object.__setattr__(self, "stop", stop)
 
 
 def sample_completions(
@@ -88,12 +89,19 @@ def sample_completions(
     if not kept:
         raise RecordError(f"none of the {len(problems)} prompts fits max_prompt_length = {longest}; raise it")
     kept.sort(key=lambda i: len(prompts[i]))  # prompts of equal length share a batch: little padding
-    # A batch holds whole problems, so that where many completions are wanted the batches stay near batch_size.
-    size = max(1, config.batch_size // config.n)
-    batches = [kept[i : i + size] for i in range(0, len(kept), size)]
+    # A batch is problems and draws of each: several whole problems, or a part of one problem's draws.
+    size, draws = max(1, config.batch_size // config.n), min(config.n, config.batch_size)
+    batches = [
+        (kept[i : i + size], range(first, min(first + draws, config.n)))
+        for i in range(0, len(kept), size)
+        for first in range(0, config.n, draws)
+    ]
 
-    def compute(number: int, batch: list[int]) -> list[Record]:
-        completions = generate(model, tokenizer, [prompts[i] for i in batch], config, config.seed * 1_000_003 + number)
+    def compute(number: int, batch: tuple[list[int], range]) -> list[Record]:
+        indices, numbers = batch
+        seed = config.seed * 1_000_003 + number
+        texts = [prompts[i] for i in indices]
+        completions = generate(model, tokenizer, texts, replace(config, n=len(numbers)), seed)
         return [
             {
                 **problems[i],
@@ -104,8 +112,8 @@ def sample_completions(
                 "finish_reason": reason,
                 "_row": i,
             }
-            for i, draws in zip(batch, completions, strict=True)
-            for draw, (ids, reason) in enumerate(draws)
+            for i, drawn in zip(indices, completions, strict=True)
+            for draw, (ids, reason) in zip(numbers, drawn, strict=True)
         ]
 
     return run_in_parts(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RecordFileError
-from .records import Record, atomic_path, read_records, write_records
+from .records import Record, atomic_path, check_output, read_records, write_records
 
 
 def manifest_path(path: str | os.PathLike) -> Path:
@@ -60,6 +60,11 @@ def write_manifest(path: str | os.PathLike, stage: str, settings: Mapping[str, A
     manifest = {"stage": stage, "settings": _plain(settings), "counts": dict(counts)}
     with atomic_path(manifest_path(path)) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False), encoding="utf-8")
+
+
+def forget(path: str | os.PathLike) -> None:
+    """Removes the manifest of `path`; call it before the output is replaced, or an old manifest could stand beside it."""
+    manifest_path(path).unlink(missing_ok=True)
 
 
 def is_complete(path: str | os.PathLike, stage: str, settings: Mapping[str, Any]) -> bool:
@@ -109,6 +114,7 @@ def run_in_parts(
 
     from .processes import process_state
 
+    check_output(path)
     process = process_state()
     parts = Path(f"{path}.parts")
     if process.is_main_process and not is_complete(path, stage, settings):
@@ -124,6 +130,7 @@ def run_in_parts(
         if process.is_main_process:
             rows = [row for number in range(len(batches)) for row in read_records(parts / f"{number:06d}.jsonl")]
             rows.sort(key=order)
+            forget(path)
             write_records(path, rows)
             write_manifest(path, stage, settings, {"rows": len(rows), **(count(rows) if count else {})})
             shutil.rmtree(parts)

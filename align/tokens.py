@@ -11,6 +11,7 @@ belongs to token i + 1; completion token j is found at label position P - 1 + j.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], name: str = "prompt") -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[dict],
+    name: str = "prompt",
+    template: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Ids of a prompt as the model sees it when it generates: BOS where the tokenizer adds one, or the chat template
     with its generation prompt.
 
@@ -30,6 +36,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], 
         tokenizer: any transformers tokenizer.
         prompt: text, or chat messages.
         name: how an error names the row.
+        template: further arguments of the chat template, `tools` among them.
 
     Raises:
         RecordError: no ids come out (an empty prompt without BOS), or messages without a chat template.
@@ -39,7 +46,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], 
         if ids and not prompt.endswith(tokenizer.eos_token or "\0") and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]  # some tokenizers close every text with EOS; a prompt goes on
     else:
-        ids = _chat_ids(tokenizer, prompt, name, add_generation_prompt=True)
+        ids = _chat_ids(tokenizer, prompt, name, add_generation_prompt=True, **(template or {}))
     if not ids:
         raise RecordError(f"{name}: the prompt {prompt!r} gives no tokens, so nothing predicts the first one; add text")
     return ids
@@ -59,6 +66,7 @@ def encode_completion(
     completion: str | list[dict],
     prompt_ids: Sequence[int],
     name: str = "completion",
+    template: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Ids of a completion that follow `prompt_ids`, EOS included.
 
@@ -69,6 +77,7 @@ def encode_completion(
     Args:
         prompt, completion: both text or both chat messages.
         prompt_ids: what `encode_prompt` gave.
+        template: see `encode_prompt`.
 
     Raises:
         RecordError: the completion is empty, the chat template renders the prompt differently when an answer follows,
@@ -83,12 +92,13 @@ def encode_completion(
         completion = [{"role": "assistant", "content": completion}]
     if isinstance(prompt, str):
         raise RecordError(f"{name} is chat messages, but its prompt is text; give both as text or both as messages")
-    ids = _chat_ids(tokenizer, [*prompt, *completion], name)
+    template = template or {}
+    ids = _chat_ids(tokenizer, [*prompt, *completion], name, **template)
     if ids[: len(prompt_ids)] == prompt_ids and len(ids) > len(prompt_ids):
         return ids[len(prompt_ids) :]
     # Leading white space of an answer can merge with the template's last line; the rest of the text is then tokenized.
-    before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+    before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **template)
+    whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False, **template)
     if not whole.startswith(before) or len(whole) == len(before):
         raise RecordError(
             f"{name}: the chat template renders the prompt differently when an answer follows (or leaves the answer "
@@ -140,7 +150,7 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], name
     """`prompt_ids`, `chosen_ids` and `rejected_ids` of a preference row of text or messages.
 
     A conversational row without `prompt` has it as the messages that chosen and rejected begin with (TRL's implicit
-    prompt).
+    prompt). Its `tools` (a list, or JSON text of one) and `chat_template_kwargs` reach the chat template, as in TRL.
 
     Raises:
         MissingColumnError: `chosen`, `rejected`, or a text row's `prompt` is missing.
@@ -157,29 +167,35 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], name
         from trl.data_utils import extract_prompt
 
         row = extract_prompt(dict(row))
-    prompt_ids = encode_prompt(tokenizer, row["prompt"], f"{name}: prompt")
-    return {
-        "prompt_ids": prompt_ids,
-        **{
-            f"{side}_ids": encode_completion(tokenizer, row["prompt"], row[side], prompt_ids, f"{name}: {side}")
-            for side in ("chosen", "rejected")
-        },
+    tools = row.get("tools")
+    template = {
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(row.get("chat_template_kwargs") or {}),
     }
+    prompt_ids = encode_prompt(tokenizer, row["prompt"], f"{name}: prompt", template)
+    ids = {"prompt_ids": prompt_ids}
+    for side in ("chosen", "rejected"):
+        where = f"{name}: {side}"
+        ids[f"{side}_ids"] = encode_completion(tokenizer, row["prompt"], row[side], prompt_ids, where, template)
+    return ids
 
 
 def check_pair_ids(row: Mapping[str, Any], index: int, vocab_size: int) -> None:
-    """Checks the ids of a pair: in the vocabulary, neither the prompt nor a completion empty.
+    """`check_row_ids` of a pair."""
+    check_row_ids(row, index, ("prompt_ids", "chosen_ids", "rejected_ids"), vocab_size)
+
+
+def check_row_ids(row: Mapping[str, Any], index: int, columns: Sequence[str], vocab_size: int) -> None:
+    """Checks the ids of a row: in the vocabulary, neither the prompt nor a completion empty.
 
     Raises:
         MissingColumnError: a column of ids is missing.
         RecordError: names the row, the value and the remedy.
     """
     name = row_name(row, index)
-    for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
+    for column in columns:
         if row.get(column) is None:
-            raise MissingColumnError(
-                f"{name}: column {column!r} is missing; a pair has prompt_ids, chosen_ids, rejected_ids"
-            )
+            raise MissingColumnError(f"{name}: column {column!r} is missing; the row needs {', '.join(columns)}")
         if len(row[column]) == 0:
             raise RecordError(f"{name}: {column} is empty; remove the row")
         check_ids(row[column], column, name, vocab_size)

@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .records import Record, check_records, read_records, write_records
-from .stages import file_hash, is_complete, read_manifest, write_manifest
+from .records import Record, check_records, read_records
+from .stages import file_hash, is_complete, read_manifest, run_in_parts
 
 #: Longest answer that is compared as mathematics; longer ones are compared as text.
 LONGEST_EXPRESSION = 300
 #: How much of the end of a solution is searched: an answer stands at the end, and no input may cost unbounded time.
 SEARCHED_TAIL = 20_000
+
+#: Completions per part: what at most is verified again after an interruption.
+PART = 512
 
 _NUMBER = r"[-+−]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?:\s*/\s*\d+)?%?"
 _NUMBER_AT_END = re.compile(rf"(?<![\w.]){_NUMBER}|(?<=[=>*+/(]){_NUMBER}")
@@ -68,7 +71,7 @@ def extract_answer(text: str) -> tuple[str | None, str | None]:
 
 
 def _find_hash(text: str) -> str | None:
-    return next((found for match in reversed(_HASH.findall(text)) if (found := _trim(match))), None)
+    return next((found for match in reversed(_HASH.findall(text)) if (found := _leading_answer(match))), None)
 
 
 def _find_boxed(text: str) -> str | None:
@@ -85,15 +88,16 @@ def _find_boxed(text: str) -> str | None:
 
 def _find_answer_is(text: str) -> str | None:
     found = [(m.start(1), m.group(1)) for pattern in (_ANSWER_LINE, _ANSWER_IS) for m in pattern.finditer(text)]
-    for _, rest in sorted(found, reverse=True):
-        rest = _trim(rest)
-        if not rest:
-            continue
-        # "5 hours", "5, since …" and "x = 5" mean 5; an expression, a list or a pair stands as it is.
-        if number := re.match(rf"[A-Za-z =:$]{{0,20}}?({_NUMBER})(?!\s*[-+*/^=\\{{(]|\w|\s*,\s*[-\d])", rest):
-            return _trim(number.group(1))
-        return re.split(r"(?<=[^\d])\.(?:\s|$)|\.\s", rest)[0].strip() or None
-    return None
+    return next((answer for _, rest in sorted(found, reverse=True) if (answer := _leading_answer(rest))), None)
+
+
+def _leading_answer(rest: str) -> str | None:
+    """The answer that a line behind a marker begins with: "5 hours", "5, since …" and "x = 5" mean 5; an expression, a
+    list or a pair stands as it is."""
+    rest = _trim(rest)
+    if number := re.match(rf"[A-Za-z =:$]{{0,20}}?({_NUMBER})(?!\s*[-+*/^=\\{{(]|\w|\s*,\s*[-\d])", rest):
+        return _trim(number.group(1))
+    return re.split(r"(?<=[^\d])\.(?:\s|$)|\.\s", rest)[0].strip() or None
 
 
 def _find_number(text: str) -> str | None:
@@ -198,25 +202,33 @@ def verify_records(samples: Sequence[Record]) -> tuple[list[Record], dict[str, i
     Raises:
         RecordError, MissingColumnError: a sample does not fit the schema.
     """
-    from tqdm import tqdm
-
     check_records(samples, "sample", source="samples")
-    counts: Counter[str] = Counter(dict.fromkeys(("rows", "correct", "incorrect", "no_answer", "truncated"), 0))
-    verdicts = []
-    known: dict[tuple[str, str], Verdict] = {}
-    for row in tqdm(samples, desc="verify", unit="completion"):
+    verdicts = _verdicts(samples, {})
+    return verdicts, {"rows": len(verdicts), **_count(verdicts)}
+
+
+def _verdicts(samples: Sequence[Record], known: dict[tuple[str, str], Verdict]) -> list[Record]:
+    """Verdict records; `known` grows, since many draws of a problem are the same text."""
+    rows = []
+    for row in samples:
         key = (row["completion"], row["answer"])
         verdict = known.get(key) or known.setdefault(key, verify_completion(*key))
-        verdicts.append({**row, "extracted": verdict.extracted, "rule": verdict.rule, "correct": verdict.correct})
-        counts["rows"] += 1
-        counts["correct" if verdict.correct else "incorrect"] += 1
+        rows.append({**row, "extracted": verdict.extracted, "rule": verdict.rule, "correct": verdict.correct})
+    return rows
+
+
+def _count(verdicts: Sequence[Record]) -> dict[str, int]:
+    counts: Counter[str] = Counter(dict.fromkeys(("correct", "incorrect", "no_answer", "truncated"), 0))
+    for row in verdicts:
+        counts["correct" if row["correct"] else "incorrect"] += 1
         counts["truncated"] += row["finish_reason"] == "length"
-        counts["no_answer" if verdict.rule is None else f"rule_{verdict.rule}"] += 1
-    return verdicts, dict(counts)
+        counts["no_answer" if row["rule"] is None else f"rule_{row['rule']}"] += 1
+    return dict(counts)
 
 
 def verify(samples_path: str | os.PathLike, out_path: str | os.PathLike) -> dict[str, int]:
-    """The stage `align verify`: sample records -> verdict records; skipped where its output is complete.
+    """The stage `align verify`: sample records -> verdict records; shared among processes, resumed, skipped where its
+    output is complete.
 
     Returns:
         The counts of `verify_records`.
@@ -224,7 +236,16 @@ def verify(samples_path: str | os.PathLike, out_path: str | os.PathLike) -> dict
     settings = {"samples": file_hash(samples_path) if os.path.exists(samples_path) else None}
     if is_complete(out_path, "verify", settings):
         return read_manifest(out_path)["counts"]
-    verdicts, counts = verify_records(read_records(samples_path))
-    write_records(out_path, verdicts)
-    write_manifest(out_path, "verify", settings, counts)
-    return counts
+    samples = read_records(samples_path, "sample")
+    known: dict[tuple[str, str], Verdict] = {}
+    return run_in_parts(
+        out_path,
+        range(0, len(samples), PART),
+        lambda _, start: [
+            row | {"_row": start + i} for i, row in enumerate(_verdicts(samples[start : start + PART], known))
+        ],
+        stage="verify",
+        settings=settings,
+        order=lambda row: row.pop("_row"),
+        count=_count,
+    )

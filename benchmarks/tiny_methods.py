@@ -27,7 +27,7 @@ CONFIG = "recipes/configs/cdpo/tiny-arithmetic.yaml"
 GRID = {
     "sft": [1e-4, 3e-4, 1e-3],
     "dpo": [1e-6, 3e-6, 1e-5, 2e-5, 3e-5],
-    "cdpo": [1e-5, 3e-5, 1e-4, 2e-4, 4e-4],
+    "cdpo": [1e-5, 3e-5, 1e-4, 2e-4, 4e-4, 8e-4],
 }
 #: Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}

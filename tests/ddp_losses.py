@@ -18,7 +18,13 @@ args = CDPOConfig(
 )  # fmt: skip
 rows = random_pairs(16, columns=("ce_scores",))
 if aggregation == "position":  # averages over the padded width, so every batch must have the same one
-    rows = [row | {k: rows[1][k] for k in row if k != "id"} for row in rows]
+    rows = [
+        {
+            key: value[i % len(value) :] + value[: i % len(value)] if key != "id" else value
+            for key, value in rows[1].items()
+        }
+        for i in range(len(rows))
+    ]
 trainer = CDPOTrainer(
     tiny_llama(), args=args, train_dataset=Dataset.from_list(rows), processing_class=byte_level_tokenizer(),
     peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False),

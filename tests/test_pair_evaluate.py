@@ -115,3 +115,33 @@ def test_intervals():
         2 * 1.959963985 * (0.125 / 3) ** 0.5 / 2
     )
     assert interval([0.3]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "column, value, words",
+    [
+        ("correct", "false", "correct 'false' must be true or false"),
+        ("correct", None, "correct None must be true or false"),
+        ("extracted", 5, "extracted 5 must be text"),
+        ("sample", "x", "sample 'x' must be an integer"),
+        ("sample", 0, "sample 0 of this problem occurs twice"),
+    ],
+)
+def test_bad_verdicts_are_named(column, value, words):
+    rows = verdicts("rxy")
+    rows[2][column] = value
+    for stage in (select_pairs, evaluate_verdicts):
+        with pytest.raises(RecordError, match=f"row 2.*{words}"):
+            stage(rows)
+
+
+def test_two_prompts_of_one_problem_make_no_pair():
+    rows = verdicts("rx")
+    rows[1]["prompt_ids"] = [1, 1]
+    with pytest.raises(RecordError, match="problem 'a': sample 1 has other prompt_ids"):
+        select_pairs(rows)
+
+
+def test_equal_fractions_still_have_an_interval():
+    low, high = interval([0.5] * 20)
+    assert low == pytest.approx(0.299, abs=1e-3) and high == pytest.approx(0.701, abs=1e-3)  # Wilson's, 10 of 20

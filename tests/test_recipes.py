@@ -64,8 +64,23 @@ def test_mistakes_in_a_configuration_are_named(tmp_path):
         read_config(TINY, ["sample.n"])
     with pytest.raises(ConfigError, match="unknown temprature"):
         CDPOChain(read_config(TINY, ["sample.temprature=1"]), tmp_path)
-    with pytest.raises(ConfigError, match="lerning_rate: no field of CDPOConfig"):
-        _arguments(PREFERENCE_TRAINERS["cdpo"].config_class, {"lerning_rate": 1}, tmp_path)
+    for override, words in (
+        ("methods.cdpo.args.lerning_rate=1", "lerning_rate: no field of CDPOConfig"),
+        ("methods.sft.args.max_step=1", "max_step: no field of SFTConfig"),
+        ("methods.cdpo.lora={rank: 4}", "cdpo: .*rank"),
+        ("methods.sft.bar=1", "'methods.sft': unknown bar"),
+        ("methods.dpo=5", "'methods.dpo': 5 must be a mapping"),
+        ("contrastive.foo=1", "'contrastive': unknown foo"),
+        ("inspect.limt=1", "'inspect': unknown limt"),
+        ("model.dtpe=float32", "'model': unknown dtpe"),
+        ("train.x=1", "'train': unknown x"),
+        ("score.beta=-1", "beta = -1 must not be negative"),
+        ("sample=null", "'sample': None must be a mapping"),
+        ("evaluate.ks=3", "ks = 3 must be a list"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            CDPOChain(read_config(TINY, [override]), tmp_path)
+    assert not list(tmp_path.iterdir())  # nothing has begun
     methods = read_config(TINY, ["methods.cdpo.args.learning_rate=1e-9"]).methods
     assert (
         methods["cdpo"]["args"]["learning_rate"] == 1e-9 != methods["dpo"]["args"]["learning_rate"]
@@ -121,6 +136,8 @@ def test_the_command_line_and_the_baseline_recipes(tmp_path):
     adapters = ["--positive", tmp_path / "adapters" / "positive", "--negative", tmp_path / "adapters" / "negative"]
     align("score", "contrastive", path["pairs"], path["scored"], *options, *adapters)
     align("score", "reference", path["scored"], path["ref"], *options)
+    again = align("score", "reference", path["scored"], path["ref"], *options)
+    assert "Loading weights" not in again.stderr and json.loads(again.stdout)["rows"] == counts["pairs"]
     row = read_records(path["ref"], "pair")[0]
     assert len(row["rejected_ce_scores"]) == len(row["rejected_ref_logps"]) == len(row["rejected_ids"])
     align("inspect", path["ref"], tmp_path / "page.html", "--tokenizer", model, "--column", "ce_scores")
@@ -134,7 +151,20 @@ def test_the_command_line_and_the_baseline_recipes(tmp_path):
 
 def test_bad_input_is_one_line_and_no_traceback(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": "x"}\n')
-    for command in (["verify", tmp_path / "a.jsonl", tmp_path / "b.jsonl"], ["evaluate", tmp_path / "none.jsonl"]):
+    for command in (
+        ["verify", tmp_path / "a.jsonl", tmp_path / "b.jsonl"],
+        ["evaluate", tmp_path / "none.jsonl"],
+        [
+            "sample",
+            "data/tiny-arithmetic/test.jsonl",
+            tmp_path / "b.jsonl",
+            "--model",
+            tmp_path / "none",
+            "--limit",
+            "1",
+        ],
+        ["sample", tmp_path / "none.csv", tmp_path / "b.jsonl", "--model", "data/tiny-arithmetic/model"],
+    ):
         done = align(*command, ok=False)
         assert done.returncode == 2 and done.stderr.startswith("align: ") and "Traceback" not in done.stderr
     assert not (tmp_path / "b.jsonl").exists()

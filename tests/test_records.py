@@ -71,7 +71,11 @@ def test_bad_pairs_are_named(change, error, words):
     del rows[2]["chosen_ids"]
     with pytest.raises(MissingColumnError, match="chosen_ids"):
         check_records(rows[2:], "pair")
-    assert issubclass(RecordError, ValueError) and issubclass(MissingColumnError, (KeyError, AlignError))
+    assert (
+        issubclass(RecordError, ValueError)
+        and issubclass(MissingColumnError, KeyError)
+        and issubclass(MissingColumnError, AlignError)
+    )
 
 
 def test_problems_are_mapped_from_public_layouts(tmp_path):
@@ -119,3 +123,31 @@ def test_an_interrupted_stage_goes_on_where_it_stopped(tmp_path):
     run(seed=2)
     assert computed == [0, 1, 2, 0, 1, 2]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.manifest.json"]
+
+
+def test_a_stage_killed_before_its_manifest_is_not_complete_for_older_settings(tmp_path, monkeypatch):
+    path = tmp_path / "out.jsonl"
+
+    def run(value):
+        rows = [{"id": "a", "value": value}]
+        return run_in_parts(
+            path, [0], lambda *_: rows, stage="test", settings={"v": value}, order=lambda row: row["id"]
+        )
+
+    run(1)
+    with monkeypatch.context() as killed:
+        killed.setattr("align.stages.write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(2)
+    assert not is_complete(path, "test", {"v": 1})
+    run(1)
+    assert read_records(path)[0]["value"] == 1
+
+
+@pytest.mark.parametrize("name", ["out.json", "folder.jsonl"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, name):
+    (tmp_path / "folder.jsonl").mkdir()
+    worked = []
+    with pytest.raises(RecordFileError, match="unknown ending|is a folder"):
+        run_in_parts(tmp_path / name, [0], lambda *_: worked.append(1), stage="t", settings={}, order=str)
+    assert not worked

@@ -101,3 +101,22 @@ def test_settings_and_problems_are_checked(tmp_path):
         sample_completions(tiny_llama(), TOKENIZER, problems(1) * 2, tmp_path / "a.jsonl", SampleConfig())
     with pytest.raises(RecordError, match="do not match"):
         sample_completions(tiny_llama(vocab_size=50), TOKENIZER, problems(1), tmp_path / "a.jsonl", SampleConfig())
+
+
+def test_many_draws_are_split_among_batches(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        "align.sample.generate",
+        lambda model, tokenizer, prompts, config, seed: (
+            sizes.append(config.n * len(prompts)) or generate(model, tokenizer, prompts, config, seed)
+        ),
+    )
+    config = SampleConfig(n=7, max_new_tokens=6, batch_size=3)
+    sample_completions(tiny_llama(initializer_range=0.5), TOKENIZER, problems(2), tmp_path / "a.jsonl", config)
+    rows = read_records(tmp_path / "a.jsonl", "sample")
+    assert [(row["id"], row["sample"]) for row in rows] == [(f"p{i}", k) for i in range(2) for k in range(7)]
+    assert sizes == [3, 3, 1] * 2 and len({tuple(row["completion_ids"]) for row in rows}) > 7
+
+
+def test_one_stop_text_is_one_text():
+    assert SampleConfig(stop="END").stop == ("END",)

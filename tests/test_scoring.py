@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from align.errors import ConfigError, ModelMismatchError, RecordError
 from align.logps import batches_by_length, token_logps
-from align.models import BASE_FILE, load_adapters, load_model, write_base_file
+from align.models import BASE_FILE, base_fingerprint, load_adapters, load_model, same_base, write_base_file
 from align.records import read_records
 from align.scoring.contrastive import score_contrastive, score_rows
 from align.scoring.reference import score_reference
@@ -131,6 +131,17 @@ def test_a_base_and_an_adapter_that_do_not_match(tmp_path, model_dir, adapters):
     with pytest.raises(ModelMismatchError, match="no adapter 'negative'"):
         model = load_adapters(load_model(model_dir, dtype="float32"), {"positive": adapters["positive"]})
         score_rows(model, [([1], [2])], pad_token_id=0)
+
+
+def test_a_merged_adapter_makes_another_base(tmp_path, model_dir, adapters):
+    """Norms and embeddings are the same then; only the matrices tell."""
+    merged = load_adapters(load_model(model_dir, dtype="float32"), {"default": adapters["positive"]}).merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    with pytest.raises(ModelMismatchError, match="whose weights differ"):
+        load_adapters(load_model(str(tmp_path), dtype="float32"), {"positive": adapters["positive"]})
+    quantized = load_model(model_dir, dtype="float32", quantization="4bit")
+    assert same_base(base_fingerprint(quantized), base_fingerprint(load_model(model_dir, dtype="bfloat16")))
+    load_adapters(quantized, {"positive": adapters["positive"]})
 
 
 def test_pickled_weights_are_not_loaded(tmp_path):

@@ -157,3 +157,15 @@ def test_real_chat_model():
         prompt_ids = encode_prompt(tokenizer, text_prompt)
         whole = prompt_ids + encode_completion(tokenizer, text_prompt, completion, prompt_ids)
         assert decode(tokenizer, whole) == text_prompt + completion + tokenizer.eos_token
+
+
+def test_tools_and_template_arguments_reach_the_template():
+    tokenizer = byte_level_tokenizer(chat=True)
+    tokenizer.chat_template = "{% if tools %}{{ tools[0]['name'] }}: {% endif %}{{ mood }}" + tokenizer.chat_template
+    row = {
+        "prompt": [{"role": "user", "content": "hello"}], "chosen": "yes", "rejected": "no",
+        "tools": '[{"name": "clock"}]', "chat_template_kwargs": {"mood": "calm"},
+    }  # fmt: skip
+    ids = encode_pair(tokenizer, row, "row 0")
+    assert tokenizer.decode(ids["prompt_ids"]).startswith("clock: calm")
+    assert tokenizer.decode(ids["chosen_ids"]).startswith("yes")

@@ -17,6 +17,10 @@ from align.verify import answers_equal, canonical_answer, extract_answer, verify
     "text, answer, rule",
     [
         ("so 3+4=7\n#### 7", "7", "hash"),
+        ("#### 18 dollars", "18", "hash"),
+        ("#### 5 hours and 30 minutes", "5", "hash"),
+        ("#### 3/4 of it", "3/4", "hash"),
+        ("#### x^2 + 1", "x^2 + 1", "hash"),
         ("#### 5\nwait\n#### 1,234.", "1,234", "hash"),
         ("the answer is 4\n#### ", "4", "answer_is"),
         (r"thus \boxed{\frac{1}{2}} holds", r"\frac{1}{2}", "boxed"),

@@ -22,7 +22,7 @@ def column_names(dataset: Dataset | IterableDataset | None) -> list[str]:
     """Names of a data set's columns; a stream that does not declare them is asked for its first row."""
     if dataset is None:
         return []
-    return dataset.column_names or list(next(iter(dataset)))
+    return dataset.column_names or list(next(iter(dataset), {}))
 
 
 def has_reference(dataset: Any) -> bool:
@@ -38,6 +38,7 @@ def prepare_preference_dataset(
     tokenizer,
     args,
     name: str,
+    vocabulary: int,
     columns: Sequence[str],
     required: Sequence[str],
 ) -> tuple[Dataset | IterableDataset, dict[str, int]]:
@@ -47,6 +48,7 @@ def prepare_preference_dataset(
         dataset: rows of text, or of ids with token-level columns. Rows of a stream are checked as they come.
         args: a TRL DPO configuration: `max_length`, `truncation_mode`, `dataset_num_proc`.
         name: `train`, `eval`, …, for messages.
+        vocabulary: ids lie below it: what tokenizer and model both know.
         columns: token-level columns, without their side, that the trainer reads.
         required: prefixed columns that must be there.
 
@@ -62,7 +64,6 @@ def prepare_preference_dataset(
     token_level = [f"{side}_{column}" for side in SIDES for column in TOKEN_COLUMNS if f"{side}_{column}" in names]
     has_ids = "chosen_ids" in names or "rejected_ids" in names
     _check_columns(name, names, token_level, has_ids, required)
-    vocabulary = len(tokenizer)
 
     def check(row: dict[str, Any], index: int) -> None:
         check_pair_ids(row, index, vocabulary)

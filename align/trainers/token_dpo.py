@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from transformers import AutoConfig
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id
 
 from ..errors import ConfigError
 from ..losses import weighted_logps
-from ..models import load_tokenizer
+from ..models import load_tokenizer, vocab_size
 from ..processes import check_group
 from ..tokens import label_values, pad_rows, shift_to_labels, truncate
 from .preference_data import SIDES, has_reference, pad_columns, prepare_preference_dataset
@@ -71,6 +73,14 @@ class TokenPreferenceCollator(DataCollatorForPreference):
                 rows = [truncate(row, self.max_length, self.truncation_mode) for row in rows]
                 batch[PREFIX + name] = pad_rows(rows, 0.0, width)
         return batch
+
+
+def _vocab_size(model, args: TokenDPOConfig) -> int:
+    """How many ids a model, loaded or named, can be fed."""
+    if not isinstance(model, str):
+        return vocab_size(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+    return config.get_text_config().vocab_size
 
 
 class _TokenWeightedModel:
@@ -135,6 +145,11 @@ class TokenDPOTrainer(DPOTrainer):
             processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
         if not hasattr(processing_class, "pad_token"):
             raise ConfigError(f"{type(self).__name__} trains language models without images; give a tokenizer")
+        if data_collator is not None and not isinstance(data_collator, TokenPreferenceCollator):
+            raise ConfigError(
+                f"data_collator is a {type(data_collator).__name__}, which leaves token-level columns out of the batch, and "
+                "plain DPO would be trained; derive it from TokenPreferenceCollator"
+            )
         if data_collator is None:
             processing_class.pad_token = args.pad_token or processing_class.pad_token or processing_class.eos_token
             data_collator = TokenPreferenceCollator(
@@ -146,6 +161,7 @@ class TokenDPOTrainer(DPOTrainer):
             )
         #: Rows, dropped and truncated rows of every data set, by its name.
         self.data_report: dict[str, dict[str, int]] = {}
+        self._vocabulary = min(len(processing_class), _vocab_size(model, args))
         stored = has_reference(train_dataset)
         if stored and ref_model is not None:
             raise ConfigError(
@@ -153,6 +169,7 @@ class TokenDPOTrainer(DPOTrainer):
             )
         adapted = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
         # In full fine-tuning, stored references stand in for TRL's precomputed sums, so that it loads no second model.
+        args = copy.copy(args)  # the caller's own may serve another trainer
         args.precompute_ref_log_probs = args.precompute_ref_log_probs or (stored and not adapted)
         super().__init__(
             model=model, ref_model=ref_model, args=args, data_collator=data_collator, train_dataset=train_dataset,
@@ -187,6 +204,7 @@ class TokenDPOTrainer(DPOTrainer):
             processing_class,
             args,
             dataset_name,
+            self._vocabulary,
             (*self.token_columns, "ref_logps"),
             self.required_columns(args),
         )

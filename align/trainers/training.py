@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from ..errors import ConfigError, RecordError
-from ..models import base_fingerprint, load_model, load_tokenizer, model_identity, write_base_file
+from ..models import base_fingerprint, load_model, load_tokenizer, model_identity, vocab_size, write_base_file
 from ..processes import process_state
 from ..records import Record, check_records
-from ..stages import is_complete, records_hash, write_manifest
+from ..stages import is_complete, manifest_path, read_manifest, records_hash, write_manifest
+from ..tokens import check_row_ids
 from .cdpo import CDPOTrainer
 from .token_dpo import TokenDPOTrainer
 
@@ -44,6 +44,21 @@ def _lora(lora: Mapping[str, Any] | None) -> LoraConfig | None:
     return None if lora is None else LoraConfig(task_type="CAUSAL_LM", **lora)
 
 
+def check_training(
+    method: str,
+    out_dir: str | os.PathLike,
+    args: Mapping[str, Any] | None = None,
+    lora: Mapping[str, Any] | None = None,
+) -> None:
+    """Raises a ConfigError where a training could not begin with these settings: see `train_sft`, `train_preference`."""
+    cls = SFTConfig if method == "sft" else PREFERENCE_TRAINERS[method].config_class
+    try:
+        _arguments(cls, args or {}, Path(out_dir))
+        _lora(lora)
+    except (TypeError, ValueError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(f"{method}: {error}") from error
+
+
 def train_sft(
     model: Mapping[str, Any],
     demonstrations: Sequence[Record],
@@ -62,8 +77,14 @@ def train_sft(
         lora: fields of `peft.LoraConfig`; `None` trains all weights.
 
     Returns:
-        `steps`, `train_loss`, `train_runtime` in seconds, `rows`; empty where the output was complete already.
+        `steps`, `train_loss`, `train_runtime` in seconds, `rows`, `prompt_fills_max_length` (dropped); empty where the
+        output was complete already.
+
+    Raises:
+        ConfigError: an unknown field, or `out_dir` holds something else.
+        RecordError, MissingColumnError: a row that cannot be trained on, or no row at all.
     """
+    config = _arguments(SFTConfig, {"completion_only_loss": True, **(args or {})}, Path(out_dir))
     check_records(demonstrations, "demonstration", source="demonstrations")
     rows = [
         {
@@ -71,9 +92,19 @@ def train_sft(
             "completion_mask": [0] * len(row["prompt_ids"]) + [1] * len(row["completion_ids"]),
         }
         for row in demonstrations
+        if config.max_length is None or len(row["prompt_ids"]) < config.max_length
     ]
+    dropped = len(demonstrations) - len(rows)
+    if not rows:
+        raise RecordError(
+            f"the prompts of all {dropped} demonstrations fill max_length = {config.max_length}; raise it"
+            if dropped
+            else "there are no demonstrations to train on"
+        )
 
     def build(base, tokenizer, directory: Path) -> SFTTrainer:
+        for index, row in enumerate(demonstrations):
+            check_row_ids(row, index, ("prompt_ids", "completion_ids"), vocab_size(base))
         config = _arguments(SFTConfig, {"completion_only_loss": True, **(args or {})}, directory)
         return SFTTrainer(
             base,
@@ -83,7 +114,8 @@ def train_sft(
             peft_config=_lora(lora),
         )
 
-    return _train("sft", model, rows, out_dir, build, {"args": dict(args or {}), "lora": lora})
+    counts = _train("sft", model, rows, out_dir, build, {"args": dict(args or {}), "lora": lora})
+    return counts and counts | {"prompt_fills_max_length": dropped}
 
 
 def train_preference(
@@ -129,6 +161,15 @@ def train_preference(
     return _train(method, model, rows, out_dir, build, {"args": dict(args or {}), "lora": lora})
 
 
+def _last_whole_checkpoint(working: Path) -> str | None:
+    """The newest checkpoint that was written to its end: the Trainer writes its state last, the weights first."""
+    checkpoints = sorted(working.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in checkpoints:
+        if (path / "trainer_state.json").is_file() and any(path.glob("*.safetensors")):
+            return str(path)
+    return None
+
+
 def _train(
     method: str, model: Mapping[str, Any], rows: list[dict], out_dir, build, settings: dict[str, Any]
 ) -> dict[str, Any]:
@@ -137,6 +178,10 @@ def _train(
     settings = {**settings, "model": {**model, "path": model_identity(model["path"])}, "data": records_hash(rows)}
     if is_complete(out_dir, method, settings):
         return {}
+    if out_dir.exists() and read_manifest(out_dir) is None and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise ConfigError(
+            f"{out_dir} exists and is no output of a training; give another folder, or remove it yourself"
+        )
     working = out_dir.with_name(out_dir.name + ".training")
     marker = working.with_name(working.name + ".settings")
     if process.is_main_process and not is_complete(marker, method, settings):
@@ -150,8 +195,7 @@ def _train(
     tokenizer = load_tokenizer(model["path"], trust_remote_code=model.get("trust_remote_code", False))
     fingerprint = base_fingerprint(base)
     trainer = build(base, tokenizer, working)
-    checkpoint = get_last_checkpoint(str(working)) if working.is_dir() else None
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    result = trainer.train(resume_from_checkpoint=_last_whole_checkpoint(working))
     trainer.save_model(str(working / "final"))
     counts = {
         "steps": result.global_step,
@@ -165,6 +209,7 @@ def _train(
         trainer.create_model_card(model_name=out_dir.name)
         shutil.move(working / "README.md", working / "final" / "README.md")
         trainer.state.save_to_json(str(working / "final" / "trainer_state.json"))
+        manifest_path(out_dir).unlink(missing_ok=True)  # it speaks of what is about to be replaced
         shutil.rmtree(out_dir, ignore_errors=True)
         os.replace(working / "final", out_dir)
         write_manifest(out_dir, method, settings, counts)

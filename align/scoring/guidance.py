@@ -1,0 +1,84 @@
+"""Token rewards of preference pairs: the log-ratio of a preference-trained guide and the reference (TGDPO,
+arXiv 2506.14574)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..errors import ModelMismatchError
+from ..logps import Row, token_logps
+from ..models import vocab_size
+from ..records import Record
+from .pairs import score_stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def check_same_vocabulary(
+    guide: PreTrainedTokenizerBase, reference: PreTrainedTokenizerBase, guide_name: str = "the guide"
+) -> None:
+    """Log-ratios of single tokens need one vocabulary: each id the same token for both.
+
+    Raises:
+        ModelMismatchError: naming the first ids that differ.
+    """
+    ids = range(max(len(guide), len(reference)))
+    pairs = zip(ids, guide.convert_ids_to_tokens(list(ids)), reference.convert_ids_to_tokens(list(ids)), strict=True)
+    different = [(i, ours, theirs) for i, ours, theirs in pairs if ours != theirs]
+    if different:
+        shown = "; ".join(f"id {i} is {ours!r}, the reference's {theirs!r}" for i, ours, theirs in different[:3])
+        raise ModelMismatchError(
+            f"{guide_name} has another tokenizer: {shown} ({len(different)} ids differ). A token's log-ratio needs one "
+            "vocabulary; take a guide trained from the reference"
+        )
+
+
+def score_guidance(
+    guide: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    pairs: Sequence[Record],
+    out_path: str | os.PathLike,
+    *,
+    pad_token_id: int,
+    max_length: int | None = None,
+    max_tokens_per_batch: int = 8192,
+    settings: dict | None = None,
+) -> dict[str, int]:
+    """The stage `align score guidance`: adds `chosen_guidance_logratios` and `rejected_guidance_logratios`, in nats, to
+    pairs, and `chosen_ref_logps`, `rejected_ref_logps`, which cost nothing more.
+
+    Args:
+        guide: π̂, any preference-trained policy with the reference's vocabulary; where it has an adapter, that is on.
+        reference: π_ref; `None` is the guide's base, its adapter off, so that one model is in memory.
+        pairs: pair records; other token-level columns are kept.
+        out_path: scored pairs, JSONL or Parquet.
+        max_length: pairs whose prompt and longer completion exceed it are left out and counted.
+        settings: what else the numbers depend on (hashes of both models), for resuming.
+
+    Returns:
+        Counts: `rows`, `too_long`, `tokens`.
+
+    Raises:
+        ModelMismatchError: no reference is given and the guide has no adapter, or the vocabularies differ in size.
+    """
+    adapter = getattr(guide, "active_adapter", None) if hasattr(guide, "peft_config") else None
+    if reference is None and adapter is None:
+        raise ModelMismatchError("the guide has no adapter to switch off, so it cannot be its own reference; give one")
+    if reference is not None and vocab_size(reference) != vocab_size(guide):
+        raise ModelMismatchError(
+            f"the guide knows {vocab_size(guide)} ids, the reference {vocab_size(reference)}; they do not match"
+        )
+    options = {"pad_token_id": pad_token_id, "max_tokens_per_batch": max_tokens_per_batch}
+
+    def compute(rows: list[Row]) -> dict[str, list[list[float]]]:
+        guided = token_logps(guide, rows, adapter=adapter, **options)
+        plain = token_logps(guide if reference is None else reference, rows, **options)
+        ratios = [[g - r for g, r in zip(*row, strict=True)] for row in zip(guided, plain, strict=True)]
+        return {"guidance_logratios": ratios, "ref_logps": plain}
+
+    return score_stage(
+        pairs, out_path, compute, model=guide, max_length=max_length, stage="score guidance", settings=settings or {}
+    )
