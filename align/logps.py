@@ -1,21 +1,43 @@
-"""Per-token quantities of given ids under a model: batched by length, head on completion positions alone."""
+"""Per-token quantities of given ids under a model: what sequences share computed once, batched by length, the head on
+the positions that predict a completion's token alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError
 from .models import active_adapter
+from .packing import PrefixTree, Row, ancestor_mask, grow_trees
 from .tokens import pad_rows
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-#: A prompt and its completion, as ids.
-Row = tuple[Sequence[int], Sequence[int]]
+
+@dataclass
+class Batch:
+    """Trees of a forward pass; B trees, padded to W nodes, with N completion tokens in all.
+
+    Args:
+        inputs: `input_ids` (B, W), `attention_mask` (B, W) or (B, 1, W, W), and `position_ids` (B, W) where trees branch.
+        predicting: (B, W) bool, U nodes that predict a completion token.
+        positions: (N,) which of the U nodes predicts each token; where completions part, one node predicts several.
+        token_ids: (N,) the tokens, row after row.
+        members: index of each row among those asked for.
+        lengths: number of completion tokens of each row.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    predicting: torch.Tensor
+    positions: torch.Tensor
+    token_ids: torch.Tensor
+    members: list[int]
+    lengths: list[int]
 
 
 def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -42,9 +64,38 @@ def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]
     return batches
 
 
+def lay_out(
+    trees: Sequence[tuple[PrefixTree, list[int]]], rows: Sequence[Row], pad_token_id: int, device: torch.device
+) -> Batch:
+    """One batch of trees over `rows`, on `device`."""
+    import torch
+
+    grown = [tree for tree, _ in trees]
+    members = [index for _, of_tree in trees for index in of_tree]
+    input_ids = pad_rows([tree.ids for tree in grown], pad_token_id)
+    width = input_ids.shape[1]
+    if all(tree.is_chain for tree in grown):  # plain sequences: causal attention needs no mask of ours
+        inputs = {"attention_mask": pad_rows([[1] * len(tree) for tree in grown], 0)}
+    else:
+        inputs = {
+            "position_ids": pad_rows([tree.depths for tree in grown], 0),
+            "attention_mask": ancestor_mask(grown, width),
+        }
+    nodes = [b * width + node for b, tree in enumerate(grown) for path in tree.predictors for node in path]
+    predicting, positions = torch.tensor(nodes).unique(return_inverse=True)
+    is_predicting = torch.zeros(input_ids.shape, dtype=torch.bool)
+    is_predicting.view(-1)[predicting] = True
+    token_ids = torch.tensor([token for index in members for token in rows[index][1]])
+    return Batch(
+        {"input_ids": input_ids.to(device), **{name: value.to(device) for name, value in inputs.items()}},
+        is_predicting.to(device), positions.to(device), token_ids.to(device), members,
+        [len(rows[index][1]) for index in members],
+    )  # fmt: skip
+
+
 @contextmanager
 def _head_on(model: PreTrainedModel, positions: torch.Tensor):
-    """Lets the LM head see the hidden states of `positions` (B, L, bool) only, as one row (1, N, H).
+    """Lets the LM head see the hidden states of `positions` (B, W, bool) only, as one row (1, U, H).
 
     A hook on the head, not a head of our own: scaling and soft-capping after it stay the model's.
     """
@@ -59,40 +110,76 @@ def _head_on(model: PreTrainedModel, positions: torch.Tensor):
         handle.remove()
 
 
-def completion_logits(
-    model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, adapter: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits that predict the completions' tokens, in one padded forward pass.
+def completion_logits(model: PreTrainedModel, batch: Batch, adapter: str | None = None) -> torch.Tensor:
+    """(U, V) logits of the nodes that predict completion tokens, in one forward pass.
 
     Args:
         model: causal LM, with or without adapters.
-        rows: prompt and completion ids; neither is empty.
         adapter: the adapter to run under; `None` is the bare base.
+    """
+    with active_adapter(model, adapter), _head_on(model, batch.predicting):
+        return model(**batch.inputs, use_cache=False).logits[0]
 
-    Returns:
-        (N, V) logits and (N,) token ids, N being the number of completion tokens, row after row.
+
+def shares_prefixes(model: PreTrainedModel) -> bool:
+    """Whether a model computes the same for a prefix tree as for its sequences one by one.
+
+    Asked of the configuration (attention that takes a mask, over all positions in all layers), and then of the model
+    itself, once, on six tokens: what a forward pass makes of a mask and position ids is nowhere declared.
     """
     import torch
 
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    known = getattr(base, "_align_shares_prefixes", None)
+    if known is not None:
+        return known
+    config = base.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    full = getattr(config, "sliding_window", None) is None if kinds is None else set(kinds) == {"full_attention"}
+    known = (
+        full
+        and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+        and "position_ids" in signature(base.forward).parameters
+        and config.vocab_size > 7
+    )
+    if known:
+        rows: list[Row] = [([1, 2, 3], [4, 5, 6, 7]), ([1, 2, 3], [4, 7, 5, 6])]
+        with torch.inference_mode():
+            shared, apart = (
+                [
+                    completion_logits(model, batch).float()[batch.positions]
+                    for batch in _batches(model, rows, 0, 99, share)
+                ]
+                for share in (True, False)
+            )
+        shared, apart = torch.cat(shared), torch.cat(apart)
+        tolerance = 1e-3 if base.dtype in (torch.float32, torch.float64) else 0.1
+        known = bool((shared - apart).abs().max() <= tolerance * apart.std())
+    base._align_shares_prefixes = known
+    return known
+
+
+def _batches(model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, max_tokens: int, share: bool):
+    trees = grow_trees(rows, share)
     device = model.get_input_embeddings().weight.device
-    input_ids = pad_rows([[*prompt, *completion] for prompt, completion in rows], pad_token_id).to(device)
-    attention_mask = pad_rows([[1] * (len(prompt) + len(completion)) for prompt, completion in rows], 0).to(device)
-    is_label = pad_rows([[0] * len(prompt) + [1] * len(completion) for prompt, completion in rows], 0).bool().to(device)
-    predicting = torch.zeros_like(is_label)
-    predicting[:, :-1] = is_label[:, 1:]
-    with active_adapter(model, adapter), _head_on(model, predicting):
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    return logits[0], input_ids[is_label].to(logits.device)
+    for chosen in batches_by_length([len(tree) for tree, _ in trees], max_tokens):
+        yield lay_out([trees[i] for i in chosen], rows, pad_token_id, device)
 
 
 def per_token(
-    rows: Sequence[Row], compute: Callable[[list[Row]], torch.Tensor], max_tokens_per_batch: int
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    compute: Callable[[Batch], torch.Tensor],
+    *,
+    pad_token_id: int,
+    max_tokens_per_batch: int,
 ) -> list[list[float]]:
-    """Runs `compute` on length-sorted batches and hands every row its own numbers back, in the order of `rows`.
+    """Runs `compute` on batches and hands every row its own numbers back, in the order of `rows`.
 
     Args:
-        rows: prompt and completion ids. Equal rows are computed once.
-        compute: batch of rows -> (N,) numbers of their completion tokens, row after row.
+        model: whose positions the batches hold; decides whether rows with one prompt share it.
+        rows: prompt and completion ids; neither is empty. Equal rows are computed once.
+        compute: batch -> (N,) numbers of its completion tokens.
         max_tokens_per_batch: see `batches_by_length`.
 
     Returns:
@@ -100,19 +187,16 @@ def per_token(
     """
     import torch
 
-    unique = {(tuple(prompt), tuple(completion)): None for prompt, completion in rows}
-    todo = list(unique)
-    for batch in batches_by_length(
-        [len(prompt) + len(completion) for prompt, completion in todo], max_tokens_per_batch
-    ):
-        batch_rows = [todo[i] for i in batch]
-        with torch.inference_mode():
-            numbers = compute(batch_rows).float().cpu()
-        for row, values in zip(
-            batch_rows, numbers.split([len(completion) for _, completion in batch_rows]), strict=True
-        ):
-            unique[row] = values.tolist()
-    return [unique[(tuple(prompt), tuple(completion))] for prompt, completion in rows]
+    places = {(tuple(prompt), tuple(completion)): None for prompt, completion in rows}
+    unique = list(places)
+    found: list[list[float]] = [[] for _ in unique]
+    with torch.inference_mode():
+        for batch in _batches(model, unique, pad_token_id, max_tokens_per_batch, shares_prefixes(model)):
+            numbers = compute(batch).float().cpu().split(batch.lengths)
+            for index, values in zip(batch.members, numbers, strict=True):
+                found[index] = values.tolist()
+    by_row = dict(zip(unique, found, strict=True))
+    return [by_row[(tuple(prompt), tuple(completion))] for prompt, completion in rows]
 
 
 def token_logps(
@@ -125,6 +209,9 @@ def token_logps(
 ) -> list[list[float]]:
     """Log-probability, in nats, of every completion token given what precedes it.
 
+    In bfloat16 a number depends on what shares its batch: by tenths of a nat in places, as every forward pass in
+    bfloat16 does.
+
     Args:
         model: causal LM in eval mode.
         rows: prompt and completion ids.
@@ -134,9 +221,8 @@ def token_logps(
         One list per row, one number per id of its completion.
     """
 
-    def compute(batch: list[Row]) -> torch.Tensor:
-        logits, ids = completion_logits(model, batch, pad_token_id, adapter)
-        logits = logits.float()
-        return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    def compute(batch: Batch) -> torch.Tensor:
+        logits = completion_logits(model, batch, adapter).float()
+        return logits[batch.positions, batch.token_ids] - logits.logsumexp(-1)[batch.positions]
 
-    return per_token(rows, compute, max_tokens_per_batch)
+    return per_token(model, rows, compute, pad_token_id=pad_token_id, max_tokens_per_batch=max_tokens_per_batch)

@@ -60,19 +60,25 @@ def position_token_dpo_loss(
 
 
 def contrastive_scores(
-    positive_logits: torch.Tensor, negative_logits: torch.Tensor, token_ids: torch.Tensor, beta: float = 1.0
+    positive_logits: torch.Tensor,
+    negative_logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    beta: float = 1.0,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Contrastive probability of each token: s_t = softmax_v( (1+β) log p⁺(v) − β log p⁻(v) ) at v = y_t
     (arXiv 2411.19943). The normalizers of p⁺ and p⁻ are the same for every v, so logits serve as log-probabilities.
 
     Args:
-        positive_logits, negative_logits: (N, V) logits at the positions that predict the tokens.
+        positive_logits, negative_logits: (U, V) logits at the positions that predict the tokens.
         token_ids: (N,) the tokens y_t.
         beta: β_CE, weight of the negative model.
+        positions: (N,) which row of the logits predicts each token; by default N = U and each row its own.
 
     Returns:
         (N,) float32 in [0, 1]; low = critical.
     """
     logits = (1.0 + beta) * positive_logits.float() - beta * negative_logits.float()
-    chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-    return (chosen - logits.logsumexp(-1)).exp()
+    if positions is None:
+        positions = torch.arange(len(token_ids), device=token_ids.device)
+    return (logits[positions, token_ids] - logits.logsumexp(-1)[positions]).exp()

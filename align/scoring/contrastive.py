@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, ModelMismatchError
-from ..logps import Row, completion_logits, per_token
+from ..logps import Batch, Row, completion_logits, per_token
 from ..losses import contrastive_scores
 from ..records import Record
 from .pairs import score_stage
@@ -47,12 +47,11 @@ def score_rows(
         if name not in getattr(model, "peft_config", {}):
             raise ModelMismatchError(f"the model has no adapter {name!r}; load both with align.models.load_adapters")
 
-    def compute(batch: list[Row]) -> torch.Tensor:
-        positive_logits, ids = completion_logits(model, batch, pad_token_id, positive)
-        negative_logits, _ = completion_logits(model, batch, pad_token_id, negative)
-        return contrastive_scores(positive_logits, negative_logits, ids, beta)
+    def compute(batch: Batch) -> torch.Tensor:
+        logits = (completion_logits(model, batch, adapter) for adapter in (positive, negative))
+        return contrastive_scores(*logits, batch.token_ids, beta, batch.positions)
 
-    return per_token(rows, compute, max_tokens_per_batch)
+    return per_token(model, rows, compute, pad_token_id=pad_token_id, max_tokens_per_batch=max_tokens_per_batch)
 
 
 def score_contrastive(
