@@ -10,8 +10,8 @@ from inspect import signature
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError
-from .models import active_adapter
-from .packing import PrefixTree, Row, ancestor_mask, grow_trees
+from .models import active_adapter, folded_adapter
+from .packing import PrefixTree, Row, additive, ancestor_mask, grow_trees
 from .tokens import pad_rows
 
 if TYPE_CHECKING:
@@ -65,9 +65,13 @@ def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]
 
 
 def lay_out(
-    trees: Sequence[tuple[PrefixTree, list[int]]], rows: Sequence[Row], pad_token_id: int, device: torch.device
+    trees: Sequence[tuple[PrefixTree, list[int]]],
+    rows: Sequence[Row],
+    pad_token_id: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Batch:
-    """One batch of trees over `rows`, on `device`."""
+    """One batch of trees over `rows`, on `device`; `dtype` is the model's."""
     import torch
 
     grown = [tree for tree, _ in trees]
@@ -79,7 +83,7 @@ def lay_out(
     else:
         inputs = {
             "position_ids": pad_rows([tree.depths for tree in grown], 0),
-            "attention_mask": ancestor_mask(grown, width),
+            "attention_mask": additive(ancestor_mask(grown, width), dtype),
         }
     nodes = [b * width + node for b, tree in enumerate(grown) for path in tree.predictors for node in path]
     predicting, positions = torch.tensor(nodes).unique(return_inverse=True)
@@ -117,7 +121,7 @@ def completion_logits(model: PreTrainedModel, batch: Batch, adapter: str | None 
         model: causal LM, with or without adapters.
         adapter: the adapter to run under; `None` is the bare base.
     """
-    with active_adapter(model, adapter), _head_on(model, batch.predicting):
+    with active_adapter(model, adapter), folded_adapter(model, adapter), _head_on(model, batch.predicting):
         return model(**batch.inputs, use_cache=False).logits[0]
 
 
@@ -160,10 +164,17 @@ def shares_prefixes(model: PreTrainedModel) -> bool:
 
 
 def _batches(model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, max_tokens: int, share: bool):
+    import torch
+
     trees = grow_trees(rows, share)
     device = model.get_input_embeddings().weight.device
+    if device.type == "cpu":
+        # Until it has seen a large block freed, glibc gives memory back to the system at once, and every activation
+        # would fault its pages in anew: a fifth of the time of a small model.
+        block = torch.zeros(8_000_000)
+        del block
     for chosen in batches_by_length([len(tree) for tree, _ in trees], max_tokens):
-        yield lay_out([trees[i] for i in chosen], rows, pad_token_id, device)
+        yield lay_out([trees[i] for i in chosen], rows, pad_token_id, device, model.dtype)
 
 
 def per_token(

@@ -252,6 +252,46 @@ def active_adapter(model: PreTrainedModel | PeftModel, name: str | None):
         yield
 
 
+@contextmanager
+def folded_adapter(model: PreTrainedModel | PeftModel, name: str | None):
+    """Runs the block with LoRA layers computing x (W + s B A)ᵀ instead of x Wᵀ + s (x Aᵀ) Bᵀ: for more than a few dozen
+    positions, one product is faster than three.
+
+    The sum exists for one layer at a time, while it runs. Only float32 weights are folded: the sum would be rounded to a
+    shorter dtype, and a quantized weight has none. Other layers, and kinds of adapters, run as PEFT has them.
+    """
+    import torch
+    from torch.nn.functional import linear
+
+    def foldable(layer) -> bool:
+        base = getattr(layer, "base_layer", None)
+        return (
+            type(layer).__module__.startswith("peft.tuners.lora")
+            and type(base) is torch.nn.Linear
+            and base.weight.dtype == torch.float32
+            and name in layer.lora_A
+            and not layer.merged
+            and name not in getattr(layer, "lora_variant", {})
+            and not layer.training
+        )
+
+    def fold(layer):
+        def forward(x, *_args, **_kwargs):
+            base = layer.base_layer
+            return linear(x, base.weight + layer.get_delta_weight(name), base.bias)
+
+        return forward
+
+    folded = [layer for layer in model.modules() if foldable(layer)] if name is not None else []
+    for layer in folded:
+        layer.forward = fold(layer)
+    try:
+        yield
+    finally:
+        for layer in folded:
+            del layer.forward
+
+
 def model_identity(path: str | Path) -> str:
     """What tells a model or adapter apart in a manifest: its hub name, or a hash of its weight files' sizes and ends.
 

@@ -90,6 +90,13 @@ def ancestor_mask(trees: Sequence[PrefixTree], width: int) -> torch.Tensor:
     return mask.unsqueeze(1)
 
 
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bool mask as numbers to add to attention scores; made once here, not in every layer."""
+    import torch
+
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
 def grow_trees(rows: Sequence[Row], share: bool = True) -> list[tuple[PrefixTree, list[int]]]:
     """Puts rows with equal prompts into trees.
 
