@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+#: Numbers of a temporary copy of logits.
+CHUNK = 1 << 22
+
 
 def cdpo_weights(
     chosen_scores: torch.Tensor, rejected_scores: torch.Tensor, weight_chosen: bool = False
@@ -78,7 +81,13 @@ def contrastive_scores(
     Returns:
         (N,) float32 in [0, 1]; low = critical.
     """
-    logits = (1.0 + beta) * positive_logits.float() - beta * negative_logits.float()
     if positions is None:
         positions = torch.arange(len(token_ids), device=token_ids.device)
-    return (logits[positions, token_ids] - logits.logsumexp(-1)[positions]).exp()
+    # In chunks, since a copy of the logits of a large vocabulary costs more than the sums over it.
+    chunk = max(1, CHUNK // positive_logits.shape[-1])
+    normalizers = [
+        torch.lerp(positive.float(), negative.float(), -beta).logsumexp(-1)
+        for positive, negative in zip(positive_logits.split(chunk), negative_logits.split(chunk), strict=True)
+    ]
+    positive, negative = positive_logits[positions, token_ids].float(), negative_logits[positions, token_ids].float()
+    return (torch.lerp(positive, negative, -beta) - torch.cat(normalizers)[positions]).exp()
