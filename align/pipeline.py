@@ -256,7 +256,7 @@ class CDPOChain:
         samples, verdicts = (self.out / "test" / f"{method}-{kind}.jsonl" for kind in ("samples", "verdicts"))
         problems = load_problems(**{"split": "test", **self.config.test})
         self._sample(problems, samples, self.testing, None if method == "base" else self.out / method)
-        _on_main(lambda: verify(samples, verdicts))
+        verify(samples, verdicts)
         return evaluate_verdicts(read_records(verdicts), self.ks)
 
     def report(self, scores: dict[str, dict], counts: dict[str, Any]) -> dict[str, Any]:
