@@ -218,6 +218,48 @@ def score_reference(
     )  # fmt: skip
 
 
+@score_app.command("guidance")
+def score_guidance(
+    pairs: str,
+    out: str,
+    model: Annotated[str, typer.Option(help="Hub name or folder of the reference.")],
+    guide: Annotated[str, typer.Option(help="Preference-trained policy: a model, or an adapter on the reference.")],
+    max_length: MaxLength = None,
+    max_tokens_per_batch: MaxTokens = 8192,
+    dtype: Dtype = "bfloat16",
+    quantization: Quantization = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Log-ratio of a guide and the reference for every token, and the reference's log-probability.
+
+    Example: align score guidance pairs.jsonl guided.jsonl --model BASE --guide runs/dpo
+    """
+    from .models import is_adapter, load_tokenizer
+    from .records import read_records
+    from .scoring.guidance import check_same_vocabulary
+    from .scoring.guidance import score_guidance as stage
+    from .scoring.pairs import score_settings
+
+    rows = read_records(pairs, "pair")
+    identity = _identity(model, dtype, quantization, guide=guide)
+    if _finished(out, "score guidance", score_settings(rows, max_length, identity)):
+        return
+    if is_adapter(guide):
+        loaded, tokenizer = _load(model, guide, dtype, quantization, trust_remote_code)
+        reference = None
+    else:
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        check_same_vocabulary(load_tokenizer(guide, trust_remote_code=trust_remote_code), tokenizer, guide)
+        reference, _ = _load(model, None, dtype, quantization, trust_remote_code)
+        loaded, _ = _load(guide, None, dtype, quantization, trust_remote_code)
+    _print(
+        stage(
+            loaded, reference, rows, out, pad_token_id=tokenizer.pad_token_id, max_length=max_length,
+            max_tokens_per_batch=max_tokens_per_batch, settings=identity,
+        )
+    )  # fmt: skip
+
+
 @app.command()
 def evaluate(
     verdicts: str,

@@ -30,6 +30,29 @@ def cdpo_weights(
     return chosen_weights, 1.0 - rejected_scores
 
 
+def tgdpo_weights(
+    chosen_logratios: torch.Tensor,
+    rejected_logratios: torch.Tensor,
+    alpha: float,
+    beta: float,
+    floor: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """TGDPO's weights from token rewards r̂_t = β log(π̂/π_ref): w⁺_t = 1 + α r̂⁺_t, w⁻_t = 1 − α r̂⁻_t (Zhu et al. 2025,
+    arXiv 2506.14574).
+
+    Args:
+        chosen_logratios, rejected_logratios: (B, T) log-ratio of guide and reference, nats.
+        alpha: how far the rewards bend the weights.
+        beta: turns log-ratios into rewards.
+        floor: least weight; the released code has none, so that weights can be negative.
+
+    Returns:
+        Weights of the chosen and of the rejected tokens, (B, T) each.
+    """
+    chosen, rejected = 1.0 + alpha * beta * chosen_logratios, 1.0 - alpha * beta * rejected_logratios
+    return (chosen, rejected) if floor is None else (chosen.clamp(min=floor), rejected.clamp(min=floor))
+
+
 def weighted_logps(logps: torch.Tensor, ref_logps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Log-probabilities whose sum exceeds the reference's by Σ_t w_t Δ_t: ref_t + w_t Δ_t, written so that w_t = 1
     gives `logps` to the last bit.

@@ -179,6 +179,13 @@ def write_base_file(
         temporary.write_text(json.dumps(base, indent=2), encoding="utf-8")
 
 
+def is_adapter(path: str) -> bool:
+    """Whether a folder or hub name holds a PEFT adapter, rather than a whole model."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    return find_adapter_config_file(path) is not None
+
+
 def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftModel:
     """Puts PEFT adapters on one base, none merged; the first one is active.
 

@@ -78,10 +78,11 @@ def score_contrastive(
         Counts: `rows`, `too_long`, `tokens`.
     """
 
-    def compute(rows: list[Row]) -> list[list[float]]:
-        return score_rows(model, rows, pad_token_id=pad_token_id, beta=beta, max_tokens_per_batch=max_tokens_per_batch)
+    def compute(rows: list[Row]) -> dict[str, list[list[float]]]:
+        options = {"pad_token_id": pad_token_id, "max_tokens_per_batch": max_tokens_per_batch}
+        return {"ce_scores": score_rows(model, rows, beta=beta, **options)}
 
     return score_stage(
-        pairs, out_path, "ce_scores", compute, model=model, max_length=max_length,
+        pairs, out_path, compute, model=model, max_length=max_length,
         stage="score contrastive", settings={"beta": beta, **(settings or {})},
     )  # fmt: skip

@@ -62,15 +62,12 @@ def score_guidance(
         Counts: `rows`, `too_long`, `tokens`.
 
     Raises:
-        ModelMismatchError: no reference is given and the guide has no adapter, or the vocabularies differ in size.
+        ModelMismatchError: no reference is given and the guide has no adapter.
     """
     adapter = getattr(guide, "active_adapter", None) if hasattr(guide, "peft_config") else None
     if reference is None and adapter is None:
         raise ModelMismatchError("the guide has no adapter to switch off, so it cannot be its own reference; give one")
-    if reference is not None and vocab_size(reference) != vocab_size(guide):
-        raise ModelMismatchError(
-            f"the guide knows {vocab_size(guide)} ids, the reference {vocab_size(reference)}; they do not match"
-        )
+    smaller = min((guide, reference or guide), key=vocab_size)  # embeddings are padded to different sizes at times
     options = {"pad_token_id": pad_token_id, "max_tokens_per_batch": max_tokens_per_batch}
 
     def compute(rows: list[Row]) -> dict[str, list[list[float]]]:
@@ -80,5 +77,5 @@ def score_guidance(
         return {"guidance_logratios": ratios, "ref_logps": plain}
 
     return score_stage(
-        pairs, out_path, compute, model=guide, max_length=max_length, stage="score guidance", settings=settings or {}
+        pairs, out_path, compute, model=smaller, max_length=max_length, stage="score guidance", settings=settings or {}
     )

@@ -23,18 +23,17 @@ PAIRS_PER_PART = 256
 def score_stage(
     pairs: Sequence[Record],
     out_path: str | os.PathLike,
-    column: str,
-    compute: Callable[[list[Row]], list[list[float]]],
+    compute: Callable[[list[Row]], dict[str, list[list[float]]]],
     *,
     model: PreTrainedModel,
     max_length: int | None,
     stage: str,
     settings: dict[str, Any],
 ) -> dict[str, int]:
-    """Adds `chosen_{column}` and `rejected_{column}` to pairs; checks every row before the first forward pass.
+    """Adds token-level columns to pairs; checks every row before the first forward pass.
 
     Args:
-        compute: rows of prompt and completion ids -> one list of numbers per row.
+        compute: rows of prompt and completion ids -> per column, without its side, one list of numbers per row.
         model: for its vocabulary size.
         max_length: longest prompt and completion together, in tokens; longer pairs are left out and counted.
         settings: what the numbers depend on besides the pairs.
@@ -61,7 +60,10 @@ def score_stage(
         rows = [(pair["prompt_ids"], pair[f"{side}_ids"]) for _, pair in part for side in ("chosen", "rejected")]
         numbers = compute(rows)
         return [
-            {**pair, f"chosen_{column}": numbers[2 * i], f"rejected_{column}": numbers[2 * i + 1], "_row": index}
+            pair
+            | {f"chosen_{column}": values[2 * i] for column, values in numbers.items()}
+            | {f"rejected_{column}": values[2 * i + 1] for column, values in numbers.items()}
+            | {"_row": index}
             for i, (index, pair) in enumerate(part)
         ]
 

@@ -38,12 +38,11 @@ def score_reference(
     """
     adapter = getattr(model, "active_adapter", None) if hasattr(model, "peft_config") else None
 
-    def compute(rows: list[Row]) -> list[list[float]]:
-        return token_logps(
-            model, rows, pad_token_id=pad_token_id, adapter=adapter, max_tokens_per_batch=max_tokens_per_batch
-        )
+    def compute(rows: list[Row]) -> dict[str, list[list[float]]]:
+        options = {"pad_token_id": pad_token_id, "max_tokens_per_batch": max_tokens_per_batch}
+        return {"ref_logps": token_logps(model, rows, adapter=adapter, **options)}
 
     return score_stage(
-        pairs, out_path, "ref_logps", compute, model=model, max_length=max_length,
+        pairs, out_path, compute, model=model, max_length=max_length,
         stage="score reference", settings=settings or {},
     )  # fmt: skip

@@ -275,7 +275,7 @@ class TokenDPOTrainer(DPOTrainer):
         loss, *outputs = result if return_outputs else (result,)
         logratios = (seam.logps - ref_logps) * mask
         loss = self._finish_loss(loss, logratios, weights, mask)
-        self._log_token_metrics(mode, seam.logps, weights, mask)
+        self._log_token_metrics(mode, seam.logps, logratios, weights, mask)
         return (loss, *outputs) if return_outputs else loss
 
     def _finish_loss(self, loss, logratios: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor):
@@ -291,15 +291,24 @@ class TokenDPOTrainer(DPOTrainer):
             loss = loss + self.loss_weights[self.loss_types.index("sft")] * added
         return loss
 
-    def _log_token_metrics(self, mode: str, logps: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> None:
-        """Adds the mean weight of each side's tokens, and puts unweighted sums where TRL logs log-probabilities."""
+    def _log_token_metrics(self, mode: str, logps, logratios, weights, mask) -> None:
+        """Logs, per side, the mean weight of its tokens, the share of negative weights and the rewards without weights, and
+        puts unweighted sums where TRL logs log-probabilities. All tensors are (2B, T), chosen rows first."""
         metrics = self._metrics[mode]
-        for side, side_logps, side_weights, side_mask in zip(
-            SIDES, logps.detach().chunk(2), weights.chunk(2), mask.chunk(2), strict=True
+        for side, side_logps, side_logratios, side_weights, side_mask in zip(
+            SIDES, logps.detach().chunk(2), logratios.detach().chunk(2), weights.chunk(2), mask.chunk(2), strict=True
         ):
             sums = self.accelerator.gather((side_logps * side_mask).sum(1))
             if self.ld_alpha is None:
                 metrics[f"logps/{side}"][-1] = sums.mean().item()
-            totals = self.accelerator.gather(torch.stack(((side_weights * side_mask).sum(), side_mask.sum())))
-            weight, tokens = totals.view(-1, 2).sum(0).tolist()
+            sums_of_weights = (
+                (side_weights * side_mask).sum(),
+                ((side_weights < 0) * side_mask).sum(),
+                side_mask.sum(),
+            )
+            totals = self.accelerator.gather(torch.stack(sums_of_weights))
+            weight, negative, tokens = totals.view(-1, 3).sum(0).tolist()
             metrics[f"weights/{side}"].append(weight / max(tokens, 1.0))
+            metrics[f"weights/{side}_negative"].append(negative / max(tokens, 1.0))
+            rewards = self.accelerator.gather(self.beta * (side_logratios * side_mask).sum(1))
+            metrics[f"rewards/{side}_unweighted"].append(rewards.mean().item())

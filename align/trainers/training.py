@@ -22,10 +22,11 @@ from ..records import Record, check_records
 from ..stages import is_complete, manifest_path, read_manifest, records_hash, write_manifest
 from ..tokens import check_row_ids
 from .cdpo import CDPOTrainer
+from .tgdpo import TGDPOTrainer
 from .token_dpo import TokenDPOTrainer
 
 #: Preference methods by the name a configuration gives them. DPO is the token trainer with all weights 1.
-PREFERENCE_TRAINERS = {"dpo": TokenDPOTrainer, "cdpo": CDPOTrainer}
+PREFERENCE_TRAINERS = {"dpo": TokenDPOTrainer, "cdpo": CDPOTrainer, "tgdpo": TGDPOTrainer}
 
 #: What a pair carries for TokenDPO and its subclasses, besides ids.
 _READ = ("prompt_ids", "chosen_ids", "rejected_ids", "id")
