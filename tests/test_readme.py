@@ -1,5 +1,6 @@
 """What README tells users to type, typed."""
 
+import json
 import os
 import re
 import subprocess
@@ -35,6 +36,7 @@ def test_the_chain_by_hand(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| pass@4" in done.stdout
+    assert '"chosen_guidance_logratios"' in (tmp_path / "guided.jsonl").read_text()
     assert (tmp_path / "pairs.html").exists() and (tmp_path / "referenced.jsonl").exists()
 
 
@@ -56,3 +58,20 @@ def test_the_python_example(tmp_path, monkeypatch):
 def test_named_files_exist():
     for path in re.findall(r"\b(?:recipes|benchmarks|data|tests)/[\w./-]+\.(?:py|yaml|md|json)\b", README):
         assert (ROOT / path).exists(), path
+
+
+def test_every_table_quotes_a_result_that_is_there():
+    """No placeholder is left, every link leads somewhere, and the figures of the first table are those of the JSON."""
+    assert "@@" not in README
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    result = json.loads((ROOT / "benchmarks/results/tiny_methods.json").read_text())
+    for method in ("base", "dpo", "cdpo", "sft"):
+        values = result["accuracy"][method]
+        assert f"{sum(values) / len(values):.1f} ±" in README, method
+    share = result["lowest score is first error"]
+    assert f"{100 * share['share']:.1f} % of {sum(s['n'] for s in share['by seed']):,}" in README
+    for name in ("scoring_tiny", "scoring_smollm2"):
+        result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+        assert f"{result['seconds, one at a time over two models']:.1f} s" in README
+        assert f"{result['seconds, batched over one base']:.1f} s" in README
