@@ -105,3 +105,9 @@ def model_dir(tmp_path_factory, tokenizer) -> str:
     tiny_llama().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Nothing is taken from, or left in, the cache of whoever runs the tests."""
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))

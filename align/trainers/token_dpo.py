@@ -20,6 +20,7 @@ from ..models import load_tokenizer, vocab_size
 from ..processes import check_group
 from ..tokens import label_values, pad_rows, shift_to_labels, truncate
 from .preference_data import SIDES, has_reference, pad_columns, prepare_preference_dataset
+from .reference_cache import ReferenceCache, default_folder, row_key, weights_key
 from .reference_check import check_reference_columns
 
 logger = get_logger(__name__)
@@ -30,18 +31,28 @@ PREFIX = "token_"
 
 @dataclass
 class TokenDPOConfig(DPOConfig):
-    """[`~trl.DPOConfig`] with one new field. `use_weighting` and the loss type `aot` are refused: they are no functions
+    """[`~trl.DPOConfig`] with two new fields. `use_weighting` and the loss type `aot` are refused: they are no functions
     of the sequence log-ratios that the weights change.
 
     Args:
         check_reference (`bool`, defaults to `True`):
             Compares stored reference log-probabilities with the reference model on a few rows before training, so that
             numbers shifted by one position are found.
+        cache_reference (`bool`, defaults to `True`):
+            Whether reference log-probabilities that `precompute_ref_log_probs` computes are kept on disk (below
+            `$ALIGN_CACHE`, by default `~/.cache/align`), and taken from there by any run with the same ids and weights.
     """
 
     check_reference: bool = field(
         default=True,
         metadata={"help": "Compare stored reference log-probabilities with the reference model before training."},
+    )
+
+    cache_reference: bool = field(
+        default=True,
+        metadata={
+            "help": "Keep precomputed reference log-probabilities on disk, for other runs with the same weights."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -221,6 +232,48 @@ class TokenDPOTrainer(DPOTrainer):
         # TRL's stores one sum per side; ours stores the tokens' numbers, so that weights can be applied to them.
         if has_reference(dataset):
             return dataset
+        keys = self._reference_keys(dataset)
+        cache = self._reference_cache()
+        missing = [i for i, row in enumerate(keys) if cache is None or any(cache.get(key) is None for key in row)]
+        self.accelerator.wait_for_everyone()  # all have read before the main process writes
+        logger.info(
+            f"{name} data set: reference of {len(missing)} rows to compute, of {len(keys) - len(missing)} known"
+        )
+        computed = self._compute_ref_logps(dataset.select(missing), batch_size) if missing else {s: [] for s in SIDES}
+        found = {keys[i][n]: computed[side][j] for j, i in enumerate(missing) for n, side in enumerate(SIDES)}
+        if cache is not None and self.accelerator.is_main_process:
+            cache.add(found.items())
+        rows = {
+            side: [found[row[n]] if row[n] in found else cache.get(row[n]) for row in keys]
+            for n, side in enumerate(SIDES)
+        }
+        return pad_columns(dataset, rows, "ref_logps", self.args.truncation_mode)
+
+    def _reference_keys(self, dataset) -> list[tuple[bytes, bytes]]:
+        """Per row, the cache's keys of its chosen and rejected side, truncated as the collator does."""
+        keys = []
+        for row in dataset.select_columns(["prompt_ids", *(f"{side}_ids" for side in SIDES)]):
+            sides = []
+            for side in SIDES:
+                ids = truncate(
+                    [*row["prompt_ids"], *row[f"{side}_ids"]], self.args.max_length, self.args.truncation_mode
+                )
+                mask = [0] * len(row["prompt_ids"]) + [1] * len(row[f"{side}_ids"])
+                sides.append(row_key(ids, sum(truncate(mask, self.args.max_length, self.args.truncation_mode))))
+            keys.append(tuple(sides))
+        return keys
+
+    def _reference_cache(self) -> ReferenceCache | None:
+        """Of this reference's weights; `None` where each process has only a part of them."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not self.args.cache_reference:
+            return None
+        reference = self.ref_model or self.model
+        off = [name for name in getattr(reference, "peft_config", {}) if name != "ref"]
+        key = weights_key(self.accelerator.unwrap_model(reference), off, self.accelerator.mixed_precision)
+        return ReferenceCache(default_folder(), key)
+
+    def _compute_ref_logps(self, dataset, batch_size: int) -> dict[str, list[list[float]]]:
+        """Per side and row of the data set, the reference log-probabilities of the completion tokens that are kept."""
         loader = self.accelerator.prepare(
             torch.utils.data.DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, shuffle=False)
         )
@@ -233,7 +286,7 @@ class TokenDPOTrainer(DPOTrainer):
                 part = self.accelerator.pad_across_processes(part, dim=1)
                 for row in self.accelerator.gather_for_metrics(part).cpu():
                     rows[side].append(row[row[:, 1] > 0, 0].tolist())
-        return pad_columns(dataset, rows, "ref_logps", self.args.truncation_mode)
+        return rows
 
     def _reference(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Reference log-probabilities of a batch: per token (2B, T), and TRL's sums (2B,)."""
