@@ -97,6 +97,10 @@ def lay_out(
     )  # fmt: skip
 
 
+#: Other names under which configurations keep attention that does not depend on ancestors alone.
+WINDOWS = ("attention_types", "window_size", "attention_window_size", "attention_chunk_size", "alibi")
+
+
 @contextmanager
 def _head_on(model: PreTrainedModel, positions: torch.Tensor):
     """Lets the LM head see the hidden states of `positions` (B, W, bool) only, as one row (1, U, H).
@@ -131,7 +135,6 @@ def shares_prefixes(model: PreTrainedModel) -> bool:
     Asked of the configuration (attention that takes a mask, over all positions in all layers), and then of the model
     itself, once, on six tokens: what a forward pass makes of a mask and position ids is nowhere declared.
     """
-    import torch
 
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     known = getattr(base, "_align_shares_prefixes", None)
@@ -142,31 +145,42 @@ def shares_prefixes(model: PreTrainedModel) -> bool:
     full = getattr(config, "sliding_window", None) is None if kinds is None else set(kinds) == {"full_attention"}
     known = (
         full
+        and all(not getattr(config, name, None) for name in WINDOWS)
+        and not any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values())
         and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
         and "position_ids" in signature(base.forward).parameters
         and config.vocab_size > 7
     )
     if known:
-        rows: list[Row] = [([1, 2, 3], [4, 5, 6, 7]), ([1, 2, 3], [4, 7, 5, 6])]
-        with torch.inference_mode():
-            shared, apart = (
-                [
-                    completion_logits(model, batch).float()[batch.positions]
-                    for batch in _batches(model, rows, 0, 99, share)
-                ]
-                for share in (True, False)
-            )
-        shared, apart = torch.cat(shared), torch.cat(apart)
-        tolerance = 1e-3 if base.dtype in (torch.float32, torch.float64) else 0.1
-        known = bool((shared - apart).abs().max() <= tolerance * apart.std())
+        known = _agrees(model, base.dtype)
     base._align_shares_prefixes = known
     return known
+
+
+def _agrees(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Whether two short rows have the same logits in one tree and apart."""
+    import torch
+
+    rows: list[Row] = [([1, 2, 3], [4, 5, 6, 7]), ([1, 2, 3], [4, 7, 5, 6])]
+    logits = {}
+    for share in (True, False):
+        try:
+            with torch.inference_mode():
+                parts = [completion_logits(model, b).float()[b.positions] for b in _batches(model, rows, 0, 99, share)]
+        except (ValueError, TypeError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return False  # a model that makes masks of its own has no use for ours
+        logits[share] = torch.cat(parts)
+    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
+    return bool((logits[True] - logits[False]).abs().max() <= tolerance * logits[False].std())
 
 
 def _batches(model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, max_tokens: int, share: bool):
     import torch
 
-    trees = grow_trees(rows, share)
+    # Some models keep a mask of their own, as wide as their longest sequence.
+    trees = grow_trees(rows, share, getattr(model.config.get_text_config(), "max_position_embeddings", None))
     device = model.get_input_embeddings().weight.device
     if device.type == "cpu":
         # Until it has seen a large block freed, glibc gives memory back to the system at once, and every activation

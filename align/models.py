@@ -132,28 +132,33 @@ def vocab_size(model: PreTrainedModel | PeftModel) -> int:
 
 
 def base_fingerprint(model: PreTrainedModel | PeftModel) -> str:
-    """Two hashes of a base model, with a dot between; adapters on it change neither.
+    """Three hashes of a base model, with dots between; LoRA adapters on it change none of them.
 
-    The first is of its architecture and what neither quantization nor the dtype of loading changes: norms, biases and
-    the first embeddings, rounded to bfloat16. The second is of a part of every weight matrix, so that a fine-tune or a
-    merged adapter is told apart, too; a quantized model has none of it and is compared by the first alone.
+    Of its architecture; of what quantization does not change, norms, biases and the first embeddings, rounded to
+    bfloat16; and of a part of every weight matrix, so that a fine-tune or a merged adapter is told apart, too. What
+    cannot be compared is left empty: matrices of a quantized model, and all values in float16, which rounds otherwise.
     """
+    import torch
+
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     digest = hashlib.sha256()
     config = base.config.get_text_config()
     fields = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     digest.update(json.dumps([getattr(config, field, None) for field in fields]).encode())
+    architecture = digest.hexdigest()
+    if any(parameter.dtype == torch.float16 for parameter in base.parameters()):
+        return f"{architecture}.."
     # PEFT names an adapted layer's own weights `….base_layer.weight`.
     own = {n.replace(".base_layer", ""): p for n, p in base.named_parameters() if "lora_" not in n}
     for parameter in [own[name] for name in sorted(own) if own[name].dim() == 1] + [_embedding(base)]:
         digest.update(_rounded(parameter))
     if getattr(base, "quantization_method", None) is not None:
-        return f"{digest.hexdigest()}."
+        return f"{architecture}.{digest.hexdigest()}."
     matrices = hashlib.sha256()
     for name in sorted(own):
         if own[name].dim() > 1:
             matrices.update(_rounded(own[name].flatten()[:: max(1, own[name].numel() // 1024)]))
-    return f"{digest.hexdigest()}.{matrices.hexdigest()}"
+    return f"{architecture}.{digest.hexdigest()}.{matrices.hexdigest()}"
 
 
 def _embedding(base: PreTrainedModel) -> torch.Tensor:
@@ -183,7 +188,10 @@ def is_adapter(path: str) -> bool:
     """Whether a folder or hub name holds a PEFT adapter, rather than a whole model."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    return find_adapter_config_file(path) is not None
+    try:
+        return find_adapter_config_file(path) is not None
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(_not_loaded(path, "model or adapter", error)) from error
 
 
 def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftModel:
@@ -277,6 +285,7 @@ def folded_adapter(model: PreTrainedModel | PeftModel, name: str | None):
             and type(base) is torch.nn.Linear
             and base.weight.dtype == torch.float32
             and name in layer.lora_A
+            and getattr(layer.lora_B[name], "bias", None) is None
             and not layer.merged
             and name not in getattr(layer, "lora_variant", {})
             and not layer.training

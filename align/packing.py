@@ -97,13 +97,14 @@ def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-def grow_trees(rows: Sequence[Row], share: bool = True) -> list[tuple[PrefixTree, list[int]]]:
+def grow_trees(rows: Sequence[Row], share: bool = True, most: int | None = None) -> list[tuple[PrefixTree, list[int]]]:
     """Puts rows with equal prompts into trees.
 
     Attention costs the square of a tree's width, so a tree stops growing at twice its longest row; a pair always fits.
 
     Args:
         share: `False` gives every row a tree of its own.
+        most: nodes that several rows together may have at most.
 
     Returns:
         Trees, each with the indices of its rows.
@@ -114,7 +115,8 @@ def grow_trees(rows: Sequence[Row], share: bool = True) -> list[tuple[PrefixTree
         prompt, length = tuple(row[0]), len(row[0]) + len(row[1])
         tree, members, longest = open_trees.get(prompt, (None, [], 0))
         longest = max(longest, length)
-        if not share or tree is None or len(tree) + tree.new_nodes(row) > 2 * longest:
+        limit = 2 * longest if most is None else min(2 * longest, most)
+        if not share or tree is None or len(tree) + tree.new_nodes(row) > limit:
             tree, members, longest = PrefixTree(), [], length
             grown.append((tree, members))
         tree.add(row)

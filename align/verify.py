@@ -95,7 +95,10 @@ def _leading_answer(rest: str) -> str | None:
     """The answer that a line behind a marker begins with: "5 hours", "5, since …" and "x = 5" mean 5; an expression, a
     list or a pair stands as it is."""
     rest = _trim(rest)
-    if number := re.match(rf"[A-Za-z =:$]{{0,20}}?({_NUMBER})(?!\s*[-+*/^=\\{{(]|\w|\s*,\s*[-\d])", rest):
+    if number := re.match(
+        rf"[A-Za-z =:$]{{0,20}}?({_NUMBER})(?!\s*[-+*/^={{]|\\(?!%|text)|\s*\((?!\s*[A-Za-z])|\w|\.\d|\s*,\s*[-\d])",
+        rest,
+    ):
         return _trim(number.group(1))
     return re.split(r"(?<=[^\d])\.(?:\s|$)|\.\s", rest)[0].strip() or None
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import tiny_llama
 from oracles import completion_logps
-from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM, MistralConfig, MistralForCausalLM
 
 from align.logps import shares_prefixes, token_logps
 from align.packing import ancestor_mask, grow_trees
@@ -75,3 +76,23 @@ def test_models_that_cannot_share_are_found_and_still_right():
     assert not shares_prefixes(deaf)
     found = token_logps(deaf, ROWS, pad_token_id=0)
     assert_equal(found, expected(tiny_llama(), ROWS))
+
+    local = GPTNeoForCausalLM(
+        GPTNeoConfig(vocab_size=400, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+                     window_size=4, max_position_embeddings=64)
+    ).eval()  # fmt: skip
+    assert not shares_prefixes(local)
+    found = token_logps(local, ROWS, pad_token_id=0)
+    assert_equal(found, expected(local, ROWS))
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_bias": True}, {"use_dora": True}, {"use_rslora": True}])
+def test_adapters_folded_or_not_give_what_peft_gives(settings):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear", **settings)).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(parameter + 0.1 * torch.randn_like(parameter))
+    found = token_logps(model, ROWS, pad_token_id=0, adapter="default")
+    assert_equal(found, expected(model, ROWS))

@@ -142,6 +142,7 @@ def test_a_merged_adapter_makes_another_base(tmp_path, model_dir, adapters):
     quantized = load_model(model_dir, dtype="float32", quantization="4bit")
     assert same_base(base_fingerprint(quantized), base_fingerprint(load_model(model_dir, dtype="bfloat16")))
     load_adapters(quantized, {"positive": adapters["positive"]})
+    load_adapters(load_model(model_dir, dtype="float16"), {"positive": adapters["positive"]})
 
 
 def test_pickled_weights_are_not_loaded(tmp_path):

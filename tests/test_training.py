@@ -107,3 +107,22 @@ def test_an_interrupted_training_goes_on_even_from_a_half_written_checkpoint(tmp
     ]
     assert losses[0] == losses[1] and not working.exists()
     assert train("broken") == {}  # complete
+
+
+def test_a_death_between_result_and_manifest_does_not_lock_the_folder(tmp_path, model_dir, monkeypatch):
+    from align.trainers import training
+
+    model, out = {"path": model_dir, "dtype": "float32"}, tmp_path / "out"
+    original = training.write_manifest
+
+    def dying(path, *args):
+        if path == out:
+            raise KeyboardInterrupt
+        original(path, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "write_manifest", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train_sft(model, demonstrations(), out, args=ARGS, lora=LORA)
+    assert out.exists()
+    assert train_sft(model, demonstrations(), out, args=ARGS, lora=LORA)["steps"] == 4

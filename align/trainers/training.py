@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -163,10 +164,15 @@ def train_preference(
 
 
 def _last_whole_checkpoint(working: Path) -> str | None:
-    """The newest checkpoint that was written to its end: the Trainer writes its state last, the weights first."""
+    """The newest checkpoint that was written to its end (the Trainer writes its state last, the weights first) and before
+    the last step: resumed at the last step, the Trainer takes one step too many."""
     checkpoints = sorted(working.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for path in checkpoints:
-        if (path / "trainer_state.json").is_file() and any(path.glob("*.safetensors")):
+        try:
+            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if state["global_step"] < state["max_steps"] and any(path.glob("*.safetensors")):
             return str(path)
     return None
 
@@ -179,12 +185,13 @@ def _train(
     settings = {**settings, "model": {**model, "path": model_identity(model["path"])}, "data": records_hash(rows)}
     if is_complete(out_dir, method, settings):
         return {}
-    if out_dir.exists() and read_manifest(out_dir) is None and (not out_dir.is_dir() or any(out_dir.iterdir())):
+    working = out_dir.with_name(out_dir.name + ".training")
+    marker = working.with_name(working.name + ".settings")
+    ours = read_manifest(out_dir) or read_manifest(marker)  # the marker stays until the manifest is written
+    if out_dir.exists() and ours is None and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ConfigError(
             f"{out_dir} exists and is no output of a training; give another folder, or remove it yourself"
         )
-    working = out_dir.with_name(out_dir.name + ".training")
-    marker = working.with_name(working.name + ".settings")
     if process.is_main_process and not is_complete(marker, method, settings):
         # Checkpoints of other settings must not be resumed.
         shutil.rmtree(working, ignore_errors=True)
