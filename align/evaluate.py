@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from .errors import ConfigError, RecordError
-from .records import Record, check_records
+from .errors import ConfigError, MissingColumnError, RecordError
+from .records import Record, check_records, row_name
 from .verify import canonical_answer
 
 #: Two-sided 95 % quantile of the normal distribution.
@@ -111,6 +111,35 @@ def evaluate_verdicts(verdicts: Sequence[Record], ks: Sequence[int] = ()) -> dic
             result[f"pass@{k}"] = metric(passed(k))
             result[f"maj@{k}"] = metric(lambda rows, k=k: majority_at_k(rows, k))
     return result
+
+
+def preference_accuracy(pairs: Sequence[Record]) -> dict[str, Any]:
+    """How often a policy's implicit reward ranks a held-out pair right: Σ_t log(π/π_ref) larger for chosen than for
+    rejected. Equal sums count one half.
+
+    Args:
+        pairs: scored by `align score guidance`, the policy as guide: `chosen_guidance_logratios`, `rejected_…`.
+
+    Returns:
+        `n` pairs, and `preference` with `value`, `low`, `high`.
+
+    Raises:
+        MissingColumnError: pairs without log-ratios.
+    """
+    check_records(pairs, "pair", source="pairs")
+    values = []
+    for index, row in enumerate(pairs):
+        columns = [f"{side}_guidance_logratios" for side in ("chosen", "rejected")]
+        if missing := [column for column in columns if column not in row]:
+            raise MissingColumnError(
+                f"pairs, {row_name(row, index)}: no {missing[0]}; run `align score guidance` first"
+            )
+        chosen, rejected = (sum(row[column]) for column in columns)
+        values.append(0.5 if chosen == rejected else float(chosen > rejected))
+    if not values:
+        raise RecordError("there are no pairs to evaluate")
+    low, high = interval(values)
+    return {"n": len(values), "preference": {"value": fmean(values), "low": low, "high": high}}
 
 
 def format_interval(metric: dict[str, float]) -> str:

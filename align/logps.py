@@ -102,7 +102,7 @@ WINDOWS = ("attention_types", "window_size", "attention_window_size", "attention
 
 
 @contextmanager
-def _head_on(model: PreTrainedModel, positions: torch.Tensor):
+def head_on(model: PreTrainedModel, positions: torch.Tensor):
     """Lets the LM head see the hidden states of `positions` (B, W, bool) only, as one row (1, U, H).
 
     A hook on the head, not a head of our own: scaling and soft-capping after it stay the model's.
@@ -125,7 +125,7 @@ def completion_logits(model: PreTrainedModel, batch: Batch, adapter: str | None 
         model: causal LM, with or without adapters.
         adapter: the adapter to run under; `None` is the bare base.
     """
-    with active_adapter(model, adapter), folded_adapter(model, adapter), _head_on(model, batch.predicting):
+    with active_adapter(model, adapter), folded_adapter(model, adapter), head_on(model, batch.predicting):
         return model(**batch.inputs, use_cache=False).logits[0]
 
 

@@ -114,3 +114,19 @@ def contrastive_scores(
     ]
     positive, negative = positive_logits[positions, token_ids].float(), negative_logits[positions, token_ids].float()
     return (torch.lerp(positive, negative, -beta) - torch.cat(normalizers)[positions]).exp()
+
+
+def entropies(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy of each row's softmax, H = log Σ_v e^{z_v} − Σ_v p_v z_v.
+
+    Args:
+        logits: (U, V).
+
+    Returns:
+        (U,) float32, nats.
+    """
+    found = []
+    for part in logits.split(max(1, CHUNK // logits.shape[-1])):
+        logps = part.float().log_softmax(-1)
+        found.append(-(logps.exp() * logps.masked_fill(logps == -torch.inf, 0.0)).sum(-1))
+    return torch.cat(found)

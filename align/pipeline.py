@@ -1,6 +1,8 @@
-"""The cDPO chain, from problems to an evaluated model: what `recipes/cdpo.py` runs.
+"""The chains that the recipes run, from data to an evaluated model.
 
-    problems ─ sample ─ verify ─ pair ─ contrastive models ─ score ─ train ─ evaluate ─ report
+    problems ─ sample ─ verify ─ pair ─┐
+                                       ├─ score ─ train ─ evaluate ─ report
+    preference data ─ tokenize ────────┘
 
 Every stage writes below one folder and is skipped where its output is complete for the same settings and inputs.
 """
@@ -9,115 +11,51 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from inspect import signature
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from .config import METHODS, ChainConfig, Settings, read_config
 from .errors import ConfigError
-from .evaluate import evaluate_verdicts, format_interval
-from .pair import PairConfig, pair
+from .evaluate import evaluate_verdicts, format_interval, preference_accuracy
+from .export import export_completions
+from .pair import pair
+from .preferences import tokenize_pairs
 from .problems import load_problems
 from .records import Record, atomic_path, read_records
 from .sample import SampleConfig, sample_completions, sample_settings
 from .stages import is_complete, read_manifest
 from .verify import verify
 
-#: Rows of the table, in order: name in the configuration -> title.
-METHODS = {"sft": "SFT on the positive set", "dpo": "DPO on the same pairs", "cdpo": "cDPO"}
+#: The file that a source of token-level columns writes.
+SCORED = {
+    "reference": "referenced.jsonl",
+    "contrastive": "scored.jsonl",
+    "guidance": "guided.jsonl",
+    "entropy": "entropy.jsonl",
+    "rollout": "rollouts.jsonl",
+}
 
 
-@dataclass
-class ChainConfig:
-    """A recipe's configuration; each field is a section of the YAML file.
+def run_recipe(config: str, output: str, overrides: Sequence[str] | None = None) -> None:
+    """What a recipe's script does: runs the chain, and prints the table and where things went."""
+    from .processes import process_state
+    from .report import markdown_table
 
-    Args:
-        model: arguments of `align.load_model`.
-        train, test: arguments of `align.load_problems`.
-        sample: fields of `SampleConfig` for the training problems.
-        pair: fields of `PairConfig`.
-        contrastive: `args` (`trl.SFTConfig`) and `lora` (`peft.LoraConfig`) of the positive and negative model.
-        score: `beta`, `max_length`, `max_tokens_per_batch`.
-        methods: per method of the table, `args` and `lora`; `null` leaves a method out.
-        evaluate: fields of `SampleConfig` for the test problems, and `ks` for pass@k and maj@k.
-        inspect: `limit` of pairs on the page; `first_error: true` where each problem has one solution text.
-    """
-
-    model: dict[str, Any]
-    train: dict[str, Any]
-    test: dict[str, Any]
-    sample: dict[str, Any]
-    pair: dict[str, Any] = field(default_factory=dict)
-    contrastive: dict[str, Any] = field(default_factory=dict)
-    score: dict[str, Any] = field(default_factory=dict)
-    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
-    evaluate: dict[str, Any] = field(default_factory=dict)
-    inspect: dict[str, Any] = field(default_factory=dict)
+    summary = Chain(read_config(config, overrides), output).run()
+    if not process_state().is_main_process:
+        return
+    print("\n" + markdown_table(summary["table"]))
+    for name in ("lowest score is the first error", "critical token is the first error"):
+        if share := summary.get(name):
+            print(
+                f"\n{name.replace('is the', 'of a rejected solution is its true')}: {share['share']:.1%} of {share['n']}"
+            )
+    print("".join(f"\nexported: {path}" for path in summary["exports"]))
+    print(f"tokens coloured by score: {output}/pairs.html\nall numbers: {output}/summary.json")
 
 
-def read_config(path: str | Path, overrides: list[str] | None = None) -> ChainConfig:
-    """Reads a recipe's YAML file; `overrides` such as `methods.cdpo.args.learning_rate=1e-5` change single values.
-
-    Raises:
-        ConfigError: not YAML, an unknown section, or an override without `=`.
-    """
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a mapping of sections is expected")
-    raw = json.loads(json.dumps(raw))  # YAML aliases are one object: a change to one section would change the other
-    for override in overrides or ():
-        name, separator, value = override.partition("=")
-        *sections, last = name.split(".")
-        if not separator:
-            raise ConfigError(f"--set {override!r}: write it as section.key=value")
-        target = raw
-        for section in sections:
-            target = target.setdefault(section, {})
-            if not isinstance(target, dict):
-                raise ConfigError(f"--set {override!r}: {section!r} is no section of {path}")
-        target[last] = _scalar(value)
-    known = {f.name for f in fields(ChainConfig)}
-    if unknown := sorted(set(raw) - known):
-        raise ConfigError(f"{path}: unknown section {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-    if missing := [name for name in ("model", "train", "test", "sample") if name not in raw]:
-        raise ConfigError(f"{path}: section {', '.join(missing)} is missing")
-    if unknown := sorted(set(raw.get("methods", {})) - set(METHODS)):
-        raise ConfigError(f"{path}: unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
-    raw["methods"] = {name: settings for name, settings in raw.get("methods", {}).items() if settings is not None}
-    return ChainConfig(**raw)
-
-
-def _scalar(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML takes 1e-5 for text
-        except ValueError:
-            pass
-    return value
-
-
-def _check_keys(section: str, values: Any, known: set[str], needed: str | None = None) -> None:
-    if not isinstance(values, dict):
-        raise ConfigError(f"section {section!r}: {values!r} must be a mapping of names to values")
-    if unknown := sorted(set(values) - known):
-        raise ConfigError(f"section {section!r}: unknown {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-    if needed is not None and needed not in values:
-        raise ConfigError(f"section {section!r}: {needed} is missing")
-
-
-def _section(cls: type, values: Mapping[str, Any], name: str) -> Any:
-    _check_keys(name, values, {f.name for f in fields(cls)})
-    return cls(**values)
-
-
-class CDPOChain:
+class Chain:
     """The stages of one run, below one folder.
 
     Args:
@@ -130,42 +68,16 @@ class CDPOChain:
 
     def __init__(self, config: ChainConfig, out: str | Path) -> None:
         self.config, self.out = config, Path(out)
-        self._check_sections()
-        self.sampling = _section(SampleConfig, config.sample, "sample")
-        self.pairing = _section(PairConfig, config.pair, "pair")
-        self.ks = config.evaluate.get("ks", [])
-        self.testing = _section(SampleConfig, {k: v for k, v in config.evaluate.items() if k != "ks"}, "evaluate")
-        if not isinstance(self.ks, list) or any(not isinstance(k, int) or k < 1 for k in self.ks):
-            raise ConfigError(f"section 'evaluate': ks = {self.ks!r} must be a list of whole numbers")
-        if any(k > self.testing.n for k in self.ks):
-            raise ConfigError(f"section 'evaluate': ks = {self.ks} need n of at least {max(self.ks)}")
-
-    def _check_sections(self) -> None:
-        """Every key of every section reaches something that knows it; asked before hours of work, not after."""
-        from .models import load_model
-        from .trainers.training import check_training
-
-        config = self.config
-        _check_keys("model", config.model, set(signature(load_model).parameters) - {"adapter"}, needed="path")
-        for name in ("train", "test"):
-            _check_keys(name, getattr(config, name), set(signature(load_problems).parameters), needed="source")
-        _check_keys("score", config.score, {"beta", "max_length", "max_tokens_per_batch"})
-        if config.score.get("beta", 1.0) < 0:
-            raise ConfigError(f"section 'score': beta = {config.score['beta']} must not be negative")
-        _check_keys("inspect", config.inspect, {"limit", "first_error"})
-        _check_keys("contrastive", config.contrastive, {"args", "lora"})
-        check_training("sft", self.out, **config.contrastive)
-        for method, settings in config.methods.items():
-            _check_keys(f"methods.{method}", settings, {"args", "lora"})
-            check_training(method, self.out, **settings)
+        self.settings = Settings(config, self.out)
 
     def run(self) -> dict[str, Any]:
         """Runs all stages; returns, and writes to `summary.json`, the table and what was counted on the way."""
-        counts = self.make_pairs()
-        counts["score"] = self.score()
-        for method in self.config.methods:
-            counts[f"train {method}"] = self.train(method)
-        scores = {"base": self.evaluate("base"), **{m: self.evaluate(m) for m in self.config.methods}}
+        counts: dict[str, Any] = self.make_pairs()
+        for name in self.config.methods:
+            counts[f"train {name}"] = self.train(name, counts)
+        # Of the base there is nothing to say on pairs: its log-ratio to itself is 0.
+        base = ("base",) if self.config.test else ()
+        scores = {name: self.evaluate(name) for name in (*base, *self.config.methods)}
         return self.report(scores, counts)
 
     def _model(self, adapter: Path | None = None):
@@ -183,14 +95,17 @@ class CDPOChain:
         trusted = self.config.model.get("trust_remote_code", False)
         return load_tokenizer(self.config.model["path"], trust_remote_code=trusted)
 
+    def _identity(self, **others: str | Path) -> dict[str, Any]:
+        """What an output depends on besides its inputs: the model, and the folders of further ones."""
+        from .models import model_identity
+
+        paths = {"model": self.config.model["path"], **others}
+        return {name: model_identity(path) for name, path in paths.items()} | {"options": _options(self.config.model)}
+
     def _sample(
         self, problems: list[Record], path: Path, config: SampleConfig, adapter: Path | None = None
     ) -> dict[str, int]:
-        from .models import model_identity
-
-        identity = {"model": model_identity(self.config.model["path"]), "options": _options(self.config.model)}
-        if adapter is not None:
-            identity["adapter"] = model_identity(adapter)
+        identity = self._identity(**({} if adapter is None else {"adapter": adapter}))
         if is_complete(path, "sample", sample_settings(problems, config, identity)):
             return read_manifest(path)["counts"]  # before a model is loaded for nothing
         model, tokenizer = self._model(adapter)
@@ -200,121 +115,221 @@ class CDPOChain:
         return counts
 
     def make_pairs(self) -> dict[str, Any]:
-        """Samples, verifies, pairs."""
+        """Pairs, of sampled solutions or of a preference data set."""
         out = self.out
+        if self.config.pairs:
+            return {"tokenize": self._tokenize(self.config.pairs, out / "pairs.jsonl")}
         problems = load_problems(**self.config.train)
         if self.config.inspect.get("first_error") and not all("solution" in problem for problem in problems):
             raise ConfigError("section 'inspect': first_error needs a solution for every problem; set it to false")
-        sampled = self._sample(problems, out / "samples.jsonl", self.sampling)
+        sampled = self._sample(problems, out / "samples.jsonl", self.settings.sampling)
         verified = verify(out / "samples.jsonl", out / "verdicts.jsonl")
         paths = (out / "pairs.jsonl", out / "positive.jsonl", out / "negative.jsonl")
-        paired = _on_main(lambda: pair(out / "verdicts.jsonl", *paths, self.pairing))
+        paired = _on_main(lambda: pair(out / "verdicts.jsonl", *paths, self.settings.pairing))
         return {"sample": sampled, "verify": verified, "pair": paired}
 
-    def score(self) -> dict[str, int]:
-        """Trains the two contrastive models, scores the pairs under both, and adds reference log-probabilities."""
-        from .models import load_adapters, load_model, model_identity
-        from .scoring.contrastive import score_contrastive
+    def _tokenize(self, source: Mapping[str, Any], path: Path) -> dict[str, int]:
+        return tokenize_pairs(**source, tokenizer=self._tokenizer(), out_path=path, settings=self._identity())
+
+    def score(self, scores: str, counts: dict[str, Any]) -> Path:
+        """Adds the token-level columns of one source to the pairs, reference log-probabilities among them."""
+        path = self.out / SCORED[scores]
+        if scores != "reference":
+            self.score("reference", counts)
+        if f"score {scores}" not in counts:
+            counts[f"score {scores}"] = getattr(self, f"_score_{scores}")(path, counts)
+        return path
+
+    def _scoring(self) -> dict[str, Any]:
+        return {k: v for k, v in self.config.score.items() if k != "beta"} | {
+            "pad_token_id": self._tokenizer().pad_token_id
+        }
+
+    def _referenced(self) -> list[Record]:
+        return read_records(self.out / SCORED["reference"])
+
+    def _score_reference(self, path: Path, _counts: dict[str, Any]) -> dict[str, Any]:
         from .scoring.pairs import score_settings
         from .scoring.reference import score_reference
+
+        pairs, identity = read_records(self.out / "pairs.jsonl"), self._identity()
+        if is_complete(path, "score reference", score_settings(pairs, self.config.score.get("max_length"), identity)):
+            return read_manifest(path)["counts"]  # before a model is loaded for nothing, as below
+        return score_reference(self._model()[0], pairs, path, settings=identity, **self._scoring())
+
+    def _score_contrastive(self, path: Path, _counts: dict[str, Any]) -> dict[str, Any]:
+        """Trains the two contrastive models, and scores the pairs under both."""
+        from .models import load_adapters, load_model
+        from .scoring.contrastive import score_contrastive
+        from .scoring.pairs import score_settings
         from .trainers.training import train_sft
 
-        adapters = {}
-        for name in ("positive", "negative"):
-            adapters[name] = str(self.out / "contrastive" / name)
-            train_sft(
-                self.config.model, read_records(self.out / f"{name}.jsonl"), adapters[name], **self.config.contrastive
-            )
-        identity = {"model": model_identity(self.config.model["path"]), "options": _options(self.config.model)}
-        options = {k: v for k, v in self.config.score.items() if k != "beta"}
-        longest, beta = options.get("max_length"), self.config.score.get("beta", 1.0)
-        referenced, scored = self.out / "referenced.jsonl", self.out / "scored.jsonl"
-        pairs = read_records(self.out / "pairs.jsonl")
-        both = identity | {name: model_identity(path) for name, path in adapters.items()}
-        if is_complete(referenced, "score reference", score_settings(pairs, longest, identity)):
-            settings = score_settings(read_records(referenced), longest, {"beta": beta, **both})
-            if is_complete(scored, "score contrastive", settings):
-                return read_manifest(scored)["counts"]  # before a model is loaded for nothing
-        model = load_model(**self.config.model)
-        options["pad_token_id"] = self._tokenizer().pad_token_id
-        score_reference(model, pairs, referenced, settings=identity, **options)
-        model = load_adapters(model, adapters)
-        return score_contrastive(model, read_records(referenced), scored, settings=both, beta=beta, **options)
+        adapters = {name: str(self.out / "contrastive" / name) for name in ("positive", "negative")}
+        for name, folder in adapters.items():
+            train_sft(self.config.model, read_records(self.out / f"{name}.jsonl"), folder, **self.config.contrastive)
+        pairs, identity, beta = self._referenced(), self._identity(**adapters), self.config.score.get("beta", 1.0)
+        settings = score_settings(pairs, self.config.score.get("max_length"), {"beta": beta, **identity})
+        if is_complete(path, "score contrastive", settings):
+            return read_manifest(path)["counts"]
+        model = load_adapters(load_model(**self.config.model), adapters)
+        return score_contrastive(model, pairs, path, settings=identity, beta=beta, **self._scoring())
 
-    def train(self, method: str) -> dict[str, Any]:
-        """Trains one method of the table."""
+    def _score_guidance(self, path: Path, counts: dict[str, Any]) -> dict[str, Any]:
+        return self._guidance(self._guide(counts), self._referenced(), path)
+
+    def _guide(self, counts: dict[str, Any]) -> str:
+        """TGDPO's guide: the one that is given, or one trained by DPO."""
+        from .trainers.training import train_preference
+
+        if "path" in self.config.guide:
+            return self.config.guide["path"]
+        if not self.config.guide:
+            counts["train dpo"] = self.train("dpo", counts)
+            return str(self.out / "dpo")
+        guide = self.out / "guide"
+        counts["train guide"] = train_preference(
+            "dpo", self.config.model, self._referenced(), guide, **self.config.guide
+        )
+        return str(guide)
+
+    def _guidance(self, guide: str | Path, pairs: list[Record], path: Path) -> dict[str, Any]:
+        """Log-ratios of a trained policy and the base, on pairs."""
+        from .scoring.guidance import load_guide, score_guidance
+        from .scoring.pairs import score_settings
+
+        identity = self._identity(guide=guide)
+        if is_complete(path, "score guidance", score_settings(pairs, self.config.score.get("max_length"), identity)):
+            return read_manifest(path)["counts"]
+        loaded, reference, _ = load_guide(self.config.model, str(guide))
+        return score_guidance(loaded, reference, pairs, path, settings=identity, **self._scoring())
+
+    def _score_entropy(self, path: Path, _counts: dict[str, Any]) -> dict[str, Any]:
+        from .scoring.entropy import score_entropy
+        from .scoring.pairs import score_settings
+
+        pairs, identity, top = self._referenced(), self._identity(), self.config.entropy.get("top", 0.2)
+        settings = score_settings(pairs, self.config.score.get("max_length"), {"top": top, **identity})
+        if is_complete(path, "score entropy", settings):
+            return read_manifest(path)["counts"]
+        return score_entropy(self._model()[0], pairs, path, top=top, settings=identity, **self._scoring())
+
+    def _score_rollout(self, path: Path, _counts: dict[str, Any]) -> dict[str, Any]:
+        from .scoring.pairs import score_settings
+        from .scoring.rollout import rollout_settings, score_rollout
+
+        config, longest = self.settings.rollout, self.config.score.get("max_length")
+        pairs, identity = self._referenced(), self._identity()
+        if is_complete(path, "score rollout", score_settings(pairs, longest, rollout_settings(config, identity))):
+            return read_manifest(path)["counts"]
+        model, tokenizer = self._model()
+        return score_rollout(model, tokenizer, pairs, path, config, max_length=longest, settings=identity)
+
+    def train(self, name: str, counts: dict[str, Any]) -> dict[str, Any]:
+        """Trains one method of the table, after what it needs."""
         from .trainers.training import train_preference, train_sft
 
-        settings = self.config.methods[method]
-        if method == "sft":
-            return train_sft(self.config.model, read_records(self.out / "positive.jsonl"), self.out / "sft", **settings)
-        pairs = read_records(self.out / "scored.jsonl")
-        return train_preference(method, self.config.model, pairs, self.out / method, **settings)
+        if counts.get(f"train {name}"):
+            return counts[f"train {name}"]
+        settings, method = self.config.methods[name], METHODS[name]
+        if method.trainer == "sft":
+            return train_sft(self.config.model, read_records(self.out / "positive.jsonl"), self.out / name, **settings)
+        pairs = read_records(self.score(method.scores, counts))
+        return train_preference(method.trainer, self.config.model, pairs, self.out / name, **settings)
 
-    def evaluate(self, method: str) -> dict[str, Any]:
-        """Accuracy of `base` or of a trained method on the test problems."""
-        samples, verdicts = (self.out / "test" / f"{method}-{kind}.jsonl" for kind in ("samples", "verdicts"))
-        problems = load_problems(**{"split": "test", **self.config.test})
-        self._sample(problems, samples, self.testing, None if method == "base" else self.out / method)
-        verify(samples, verdicts)
-        return evaluate_verdicts(read_records(verdicts), self.ks)
+    def evaluate(self, name: str) -> dict[str, Any]:
+        """What `base` or a trained method does on the test problems and the held-out pairs."""
+        adapter = None if name == "base" else self.out / name
+        found: dict[str, Any] = {}
+        if self.config.test:
+            samples = self.out / "test" / f"{name}-samples.jsonl"
+            self._sample(
+                load_problems(**{"split": "test", **self.config.test}), samples, self.settings.testing, adapter
+            )
+            if self.config.test.get("answers", True):
+                verdicts = self.out / "test" / f"{name}-verdicts.jsonl"
+                verify(samples, verdicts)
+                found |= evaluate_verdicts(read_records(verdicts), self.settings.ks)
+            if (judge := self.settings.export) is not None:
+                path = self.out / "test" / f"{name}-{judge}.json{'l' * (judge == 'arena-hard')}"
+                model = f"{Path(self.config.model['path']).name}-{name}"
+                found["export"] = str(path)
+                _on_main(lambda: export_completions(read_records(samples), path, judge, model))
+        if self.config.test_pairs and adapter is not None:
+            held_out, path = self.out / "test" / "pairs.jsonl", self.out / "test" / f"{name}-pairs.jsonl"
+            self._tokenize({"split": "test", **self.config.test_pairs}, held_out)
+            self._guidance(adapter, read_records(held_out), path)
+            accuracy = preference_accuracy(read_records(path))
+            found |= {"preference": accuracy["preference"], "pairs": accuracy["n"]}
+        return found
 
     def report(self, scores: dict[str, dict], counts: dict[str, Any]) -> dict[str, Any]:
         """Writes `summary.json` and `pairs.html`."""
-        table = [
-            {
-                "method": METHODS.get(method, method),
-                "accuracy [95 %]": format_interval(score["pass@1"]),
-                "n": score["n"],
-            }
-            | {
-                f"{kind}@{k}": format_interval(score[f"{kind}@{k}"])
-                for k in self.ks
-                if k > 1
-                for kind in ("pass", "maj")
-            }
-            for method, score in scores.items()
-        ]
-        summary = {"table": table, "scores": scores, "counts": counts}
-        share = _on_main(lambda: self._write_page(table))
-        if share is not None:
-            summary["lowest score is the first error"] = share
+        table = [self._table_row(name, score) for name, score in scores.items()]
+        exports = [score["export"] for score in scores.values() if "export" in score]
+        summary = {"table": table, "scores": scores, "counts": counts, "exports": exports}
+        summary |= _on_main(lambda: self._write_page(table)) or {}
         if _is_main():
             with atomic_path(self.out / "summary.json") as temporary:
                 temporary.write_text(json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8")
         return summary
 
-    def _write_page(self, table: list[dict]) -> dict[str, float] | None:
+    def _table_row(self, name: str, score: dict[str, Any]) -> dict[str, Any]:
+        row: dict[str, Any] = {"method": METHODS[name].title if name in METHODS else name}
+        if self.config.test.get("answers", True) and self.config.test:
+            row |= {"accuracy [95 %]": format_interval(score["pass@1"]), "n": score["n"]}
+            names = [f"{kind}@{k}" for k in self.settings.ks if k > 1 for kind in ("pass", "maj")]
+            row |= {metric: format_interval(score[metric]) for metric in names}
+        if self.config.test_pairs:
+            there = "preference" in score
+            row["preference accuracy [95 %]"] = format_interval(score["preference"]) if there else ""
+            row["pairs"] = score["pairs"] if there else ""
+        return row
+
+    def _write_page(self, table: list[dict]) -> dict[str, Any]:
+        """`pairs.html` with all columns there are, and how often they point at the true first error."""
         from .report import inspect_pairs
 
-        tokenizer = self._tokenizer()
-        pairs = read_records(self.out / "scored.jsonl")
-        share = mark_first_errors(pairs, tokenizer) if self.config.inspect.get("first_error") else None
+        tokenizer, used = self._tokenizer(), {METHODS[name].scores for name in self.config.methods} - {None}
+        if not used:
+            return {}
+        names = [name for name in SCORED if name in used or name == "reference"]
+        by_id: dict[str, Record] = {}
+        for name in names:
+            for row in read_records(self.out / SCORED[name]):
+                # Two sources write `weights`; the page shows what they were made of.
+                by_id[row["id"]] = by_id.get(row["id"], {}) | {k: v for k, v in row.items() if "_weights" not in k}
+        pairs = list(by_id.values())
+        found = mark_first_errors(pairs, tokenizer) if self.config.inspect.get("first_error") else {}
+        shown = ("ce_scores", "guidance_logratios", "rollout_values", "entropies", "ref_logps")
+        there = [c for c in shown if any(f"rejected_{c}" in pair for pair in pairs)]
         inspect_pairs(
-            pairs, tokenizer, self.out / "pairs.html", title="cDPO: critical tokens", summary=table,
-            columns=["ce_scores", "ref_logps"], limit=self.config.inspect.get("limit", 300),
+            pairs, tokenizer, self.out / "pairs.html", title="align: pairs", summary=table,
+            columns=there, limit=self.config.inspect.get("limit", 300),
         )  # fmt: skip
-        return share
+        return found
 
 
-def mark_first_errors(pairs: list[Record], tokenizer) -> dict[str, float]:
+def mark_first_errors(pairs: list[Record], tokenizer) -> dict[str, dict[str, float]]:
     """Adds `first_error`, the index of the first rejected id that differs from the problem's one solution.
 
     Returns:
-        `n`, and `share` of rejected completions whose lowest contrastive score lies there.
+        `n`, and `share` of rejected completions where it is found by the lowest contrastive score, and by the critical
+        token of rollouts, as far as the pairs have these.
     """
     from .tiny import first_error
     from .tokens import encode_completion
 
-    hits = []
+    hits: dict[str, list[bool]] = {}
     for row in pairs:
         solution = encode_completion(
             tokenizer, row["prompt"], row["solution"], row["prompt_ids"], f"pair {row['id']!r}: solution"
         )
-        row["first_error"] = first_error(row["rejected_ids"], solution)
-        scores = row["rejected_ce_scores"]
-        hits.append(scores.index(min(scores)) == row["first_error"])
-    return {"share": sum(hits) / len(hits), "n": len(hits)}
+        error = row["first_error"] = first_error(row["rejected_ids"], solution)
+        if scores := row.get("rejected_ce_scores"):
+            hits.setdefault("lowest score is the first error", []).append(scores.index(min(scores)) == error)
+        if "critical" in row:
+            hits.setdefault("critical token is the first error", []).append(row["critical"] == error)
+    return {name: {"share": sum(those) / len(those), "n": len(those)} for name, those in hits.items()}
 
 
 def _options(model: Mapping[str, Any]) -> dict[str, Any]:

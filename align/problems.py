@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, MissingColumnError, RecordError
-from .records import Record, check_records, read_records, row_name
+from .errors import ConfigError, MissingColumnError
+from .records import Record, check_records, row_name
+from .sources import first_of, load_rows, row_id
 
 #: Names under which public data sets keep what we call `prompt`, `answer` and `solution`; the first one found is used.
-PROMPT_COLUMNS = ("prompt", "question", "problem")
+PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction")
 ANSWER_COLUMNS = ("answer", "final_answer")
 SOLUTION_COLUMNS = ("solution", "completion")
+ID_COLUMNS = ("id", "uid", "question_id")
 
 
 def load_problems(
@@ -25,15 +25,17 @@ def load_problems(
     prompt_template: str | None = None,
     chat: bool = False,
     system_prompt: str | None = None,
+    answers: bool = True,
 ) -> list[Record]:
     """Loads problems and puts them into the words the model will see.
 
     Args:
-        source: a `.jsonl` or `.parquet` file, or the name of a hub data set.
-        split, subset: split and configuration of a hub data set (`main` for `openai/gsm8k`).
+        source, split, subset: see `align.sources.load_rows`.
         limit: only the first so many problems.
         prompt_template: text with `{prompt}` in it, e.g. `"Question: {prompt}\\nAnswer:"`.
         chat: makes a text prompt a user message, after `system_prompt` if there is one.
+        answers: `False` for open-ended prompts, which have nothing to verify: `answer` is then empty, and the text as it
+            stood in the source is kept as `instruction`, `dataset` and `category` as they are.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -45,36 +47,34 @@ def load_problems(
         raise ConfigError("system_prompt needs chat: true; without it, write the text into prompt_template")
     if limit is not None and limit < 1:
         raise ConfigError(f"limit = {limit} must be at least 1")
-    if Path(source).suffix in (".jsonl", ".parquet"):
-        raw: Sequence[Any] = read_records(source)
-    else:
-        from datasets import load_dataset
-
-        try:
-            raw = load_dataset(source, subset, split=split)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(
-                f"{source}: neither a .jsonl or .parquet file nor a data set that loads ({reason}); check the name, split "
-                "and subset"
-            ) from error
-    if len(raw) == 0:
-        raise RecordError(f"{source}: there are no problems in it")
+    raw = load_rows(source, split=split, subset=subset)
     count = len(raw) if limit is None else min(limit, len(raw))
-    problems = [_to_problem(dict(raw[i]), i, source, split) for i in range(count)]
+    read = _to_problem if answers else _to_open_prompt
+    problems = [read(dict(raw[i]), i, source, split) for i in range(count)]
     for problem in problems:
         problem["prompt"] = _phrase(problem["prompt"], prompt_template, chat, system_prompt)
     check_records(problems, "problem", source=source)
     return problems
 
 
-def _to_problem(row: Record, index: int, source: str, split: str) -> Record:
-    name = f"{source}, {row_name(row, index)}"
-    prompt = next((row[column] for column in PROMPT_COLUMNS if row.get(column)), None)
+def _prompt(row: Record, name: str) -> Any:
+    prompt = first_of(row, PROMPT_COLUMNS)
     if prompt is None:
         raise MissingColumnError(f"{name}: no prompt; one of the columns {', '.join(PROMPT_COLUMNS)} is needed")
-    solution = next((row[column] for column in SOLUTION_COLUMNS if row.get(column)), None)
-    answer = next((row[column] for column in ANSWER_COLUMNS if row.get(column) is not None), None)
+    return prompt
+
+
+def _to_open_prompt(row: Record, index: int, source: str, split: str) -> Record:
+    prompt = _prompt(row, f"{source}, {row_name(row, index)}")
+    kept = {column: row[column] for column in ("dataset", "category") if row.get(column) is not None}
+    return {"id": row_id(row, index, split, ID_COLUMNS), "prompt": prompt, "answer": "", "instruction": prompt, **kept}
+
+
+def _to_problem(row: Record, index: int, source: str, split: str) -> Record:
+    name = f"{source}, {row_name(row, index)}"
+    prompt = _prompt(row, name)
+    solution = first_of(row, SOLUTION_COLUMNS)
+    answer = first_of(row, ANSWER_COLUMNS)
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
     if isinstance(answer, str) and "####" in answer:  # openai/gsm8k keeps the solution in its answer column
@@ -87,11 +87,7 @@ def _to_problem(row: Record, index: int, source: str, split: str) -> Record:
             f"{name}: no answer; one of the columns {', '.join(ANSWER_COLUMNS)}, or a solution ending in "
             "'#### answer' or \\boxed{answer}, is needed"
         )
-    problem = {
-        "id": str(row["id"]) if row.get("id") is not None else f"{split}-{index}",
-        "prompt": prompt,
-        "answer": answer,
-    }
+    problem = {"id": row_id(row, index, split, ID_COLUMNS), "prompt": prompt, "answer": answer}
     return problem | ({"solution": solution} if solution else {})
 
 

@@ -31,7 +31,7 @@ REQUIRED = {
 }
 
 #: Token-level columns, without their `chosen_` / `rejected_` prefix.
-TOKEN_COLUMNS = ("ce_scores", "guidance_logratios", "ref_logps", "weights")
+TOKEN_COLUMNS = ("ce_scores", "guidance_logratios", "ref_logps", "weights", "entropies", "rollout_values")
 
 _ID_COLUMNS = ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids")
 _TEXT_COLUMNS = ("answer", "completion", "finish_reason")
@@ -248,8 +248,10 @@ def check_token_columns(row: Mapping[str, Any], name: str, columns: Sequence[str
                     raise RecordError(
                         f"{name}: {full}[{position}] = {value!r} is no finite number; remove or mend the row"
                     )
-                if column == "ce_scores" and not 0.0 <= value <= 1.0:
-                    raise RecordError(f"{name}: {full}[{position}] = {value!r} is no probability; scores lie in [0, 1]")
+                if column in ("ce_scores", "rollout_values") and not 0.0 <= value <= 1.0:
+                    raise RecordError(
+                        f"{name}: {full}[{position}] = {value!r} is no probability; {column} lie in [0, 1]"
+                    )
 
 
 def _hint(row: Mapping[str, Any], values: Sequence, ids: Sequence) -> str:

@@ -28,6 +28,11 @@ MEANINGS = {
         "diverging",
         "Log-ratio of guide and reference in nats; below 0 the guide likes the token less than the reference does.",
     ),
+    "rollout_values": (
+        "low",
+        "Share of the model's continuations after this token that reach the right answer; where it falls, the solution is lost.",
+    ),
+    "entropies": ("high", "Entropy of the policy before this token, in nats; high = it had a choice."),
     "ref_logps": ("low", "Log-probability under the reference in nats; low = surprising."),
 }
 
@@ -239,7 +244,7 @@ def _column(pairs: Sequence[Record], column: str) -> dict[str, Any]:
     values = {side: [v for pair in pairs for v in pair.get(f"{side}_{column}") or ()] for side in SIDES}
     everything = sorted(values["chosen"] + values["rejected"]) or [0.0]
     scale, meaning = MEANINGS.get(column, ("low", ""))
-    if column == "ce_scores":
+    if column in ("ce_scores", "rollout_values"):
         low, high = 0.0, 1.0
     else:  # a few extreme tokens would leave the rest without contrast
         low, high = everything[len(everything) // 100], everything[-1 - len(everything) // 100]

@@ -14,6 +14,7 @@ from .stages import records_hash, run_in_parts
 from .tokens import add_eos, decode_completion, encode_prompt
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -157,50 +158,71 @@ def generate(
         (`stop`, `length`).
     """
     import torch
-    from transformers import GenerationConfig
 
     device = model.get_input_embeddings().weight.device
-    width = max(map(len, prompts))
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    width, pad = max(map(len, prompts)), tokenizer.pad_token_id
     # Left-padded, since generation goes on at the right end.
     input_ids = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
     attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    output = run_generate(model, tokenizer, config, seed, input_ids=input_ids, attention_mask=attention_mask)
+    ended = [cut_at_end(model, tokenizer, ids, config) for ids in output[:, width:].tolist()]
+    return [ended[i : i + config.n] for i in range(0, len(ended), config.n)]
+
+
+def run_generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SampleConfig, seed: int, **inputs: Any
+) -> torch.Tensor:
+    """transformers' `generate` with these settings and no others: a checkpoint's own temperature, top-k or penalties would
+    otherwise fill what is not set here.
+
+    Args:
+        seed: decides the draws; the global random state is left as it was.
+        inputs: what the model is given, `input_ids` (B, L) among it.
+
+    Returns:
+        (B · n, L') ids, the given ones included.
+    """
+    import torch
+    from transformers import GenerationConfig
+
     sampling = config.temperature > 0
     options = GenerationConfig(
         max_new_tokens=config.max_new_tokens,
         num_return_sequences=config.n,
         do_sample=sampling,
         **({"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k} if sampling else {}),
-        pad_token_id=pad,
-        eos_token_id=_end_ids(model, eos),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end_token_ids(model, tokenizer.eos_token_id),
         stop_strings=list(config.stop) or None,
     )
-    # A checkpoint's own temperature, top-k or penalties would otherwise fill what is not set here.
+    device = inputs["input_ids"].device
     own, model.generation_config = model.generation_config, GenerationConfig()
     with torch.inference_mode(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         try:
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                generation_config=options,
-                **({"tokenizer": tokenizer} if config.stop else {}),
+            return model.generate(
+                **inputs, generation_config=options, **({"tokenizer": tokenizer} if config.stop else {})
             )
         finally:
             model.generation_config = own
-    ended = [_end(tokenizer, ids, options.eos_token_id, config.stop) for ids in output[:, width:].tolist()]
-    return [ended[i : i + config.n] for i in range(0, len(ended), config.n)]
 
 
-def _end_ids(model: PreTrainedModel, eos: int) -> list[int]:
+def end_token_ids(model: PreTrainedModel, eos: int) -> list[int]:
     """EOS of the tokenizer and those the checkpoint itself ends with (chat models often have several)."""
     own = getattr(model.generation_config, "eos_token_id", None)
     own = [] if own is None else [own] if isinstance(own, int) else list(own)
     return sorted({eos, *own})
 
 
-def _end(tokenizer, ids: list[int], end_ids: list[int], stop: Sequence[str]) -> tuple[list[int], str]:
-    """Cuts generated ids behind their first end token, or before the token in which a stop text begins."""
+def cut_at_end(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], config: SampleConfig
+) -> tuple[list[int], str]:
+    """Cuts generated ids behind their first end token, or before the token in which a stop text begins.
+
+    Returns:
+        The ids, and the finish reason (`stop`, `length`).
+    """
+    end_ids, stop = end_token_ids(model, tokenizer.eos_token_id), config.stop
     for position, token_id in enumerate(ids):
         if token_id in end_ids:
             ids = ids[: position + 1]

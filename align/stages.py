@@ -91,6 +91,7 @@ def run_in_parts(
     stage: str,
     settings: Mapping[str, Any],
     order: Callable[[Record], Any],
+    finish: Callable[[list[Record]], None] | None = None,
     count: Callable[[list[Record]], Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Computes `compute(number, batch)` for every batch, in several processes where launched so, and writes `path`.
@@ -102,6 +103,7 @@ def run_in_parts(
         stage: name of the stage, for the manifest and the progress bar.
         settings: everything the rows depend on. Parts of a run with other settings are discarded.
         order: sort key of a row, so that the file does not depend on how work was batched or shared.
+        finish: last word on all rows, in place, in their order.
         count: counts for the manifest, from all rows.
 
     Returns:
@@ -130,6 +132,8 @@ def run_in_parts(
         if process.is_main_process:
             rows = [row for number in range(len(batches)) for row in read_records(parts / f"{number:06d}.jsonl")]
             rows.sort(key=order)
+            if finish is not None:
+                finish(rows)
             forget(path)
             write_records(path, rows)
             write_manifest(path, stage, settings, {"rows": len(rows), **(count(rows) if count else {})})

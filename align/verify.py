@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .records import Record, check_records, read_records
+from .errors import RecordError
+from .records import Record, check_records, read_records, row_name
 from .stages import file_hash, is_complete, read_manifest, run_in_parts
 
 #: Longest answer that is compared as mathematics; longer ones are compared as text.
@@ -213,7 +214,12 @@ def verify_records(samples: Sequence[Record]) -> tuple[list[Record], dict[str, i
 def _verdicts(samples: Sequence[Record], known: dict[tuple[str, str], Verdict]) -> list[Record]:
     """Verdict records; `known` grows, since many draws of a problem are the same text."""
     rows = []
-    for row in samples:
+    for index, row in enumerate(samples):
+        if not row["answer"]:
+            raise RecordError(
+                f"samples, {row_name(row, index)}: there is no reference answer to compare with; open-ended prompts are judged "
+                "by others: `align evaluate --export`"
+            )
         key = (row["completion"], row["answer"])
         verdict = known.get(key) or known.setdefault(key, verify_completion(*key))
         rows.append({**row, "extracted": verdict.extracted, "rule": verdict.rule, "correct": verdict.correct})

@@ -1,4 +1,4 @@
-"""Accuracy of base, SFT, DPO and cDPO on the embedded task over several seeds, each at the learning rate best for it.
+"""Accuracy of every method on the embedded task over several seeds, each at the learning rate best for it.
 
     python benchmarks/tiny_methods.py --out runs/tiny-methods --json benchmarks/results/tiny_methods.json
 
@@ -23,12 +23,20 @@ import typer
 from align.records import read_records, write_records
 from align.report import markdown_table
 
-CONFIG = "recipes/configs/cdpo/tiny-arithmetic.yaml"
+CONFIG = "benchmarks/tiny_methods.yaml"
 GRID = {
     "sft": [1e-4, 3e-4, 1e-3],
-    "dpo": [1e-6, 3e-6, 1e-5, 2e-5, 3e-5],
-    "cdpo": [1e-5, 3e-5, 1e-4, 2e-4, 4e-4, 8e-4],
+    "dpo": [3e-6, 1e-5, 2e-5, 3e-5],
+    "cdpo": [1e-4, 2e-4, 4e-4, 8e-4],
+    "tgdpo": [3e-6, 1e-5, 2e-5, 3e-5],
+    "entropy": [3e-6, 1e-5, 2e-5, 3e-5, 1e-4],
+    "rollout": [1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3],
 }
+#: Paired differences worth an interval.
+DIFFERENCES = [
+    ("cdpo", "base"), ("cdpo", "dpo"), ("cdpo", "sft"), ("tgdpo", "dpo"), ("entropy", "dpo"), ("rollout", "dpo"),
+    ("rollout", "cdpo"),
+]  # fmt: skip
 #: Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -67,19 +75,29 @@ def choose_rates(out: Path, pool: ThreadPoolExecutor) -> tuple[dict[str, float],
     held_out = out / "held-out.jsonl"
     write_records(held_out, read_records("data/tiny-arithmetic/train.jsonl")[-500:])
     start = out / "seed-0"
-    run(start, 0, {}, str(held_out))
+    run(start, 0, {name: GRID[name][0] for name in ("cdpo", "entropy", "rollout")}, str(held_out))
 
-    def attempt(method: str, rate: float) -> float:
+    def attempt(method: str, rate: float, start: Path, others: dict[str, float]) -> float:
         folder = out / f"grid-{method}-{rate:g}"
         if not folder.exists():  # the pairs and their scores are the same for every rate
             shutil.copytree(start, folder)
-        return accuracy(run(folder, 0, {method: rate}, str(held_out)), method)
+        return accuracy(run(folder, 0, {**others, method: rate}, str(held_out)), method)
 
-    tried = {
-        method: {f"{rate:g}": pool.submit(attempt, method, rate) for rate in rates} for method, rates in GRID.items()
-    }
-    found = {method: {rate: job.result() for rate, job in jobs.items()} for method, jobs in tried.items()}
-    return {method: float(max(rates, key=rates.get)) for method, rates in found.items()}, found
+    def grid(methods: list[str], start: Path, others: dict[str, float]) -> None:
+        jobs = {
+            method: {f"{rate:g}": pool.submit(attempt, method, rate, start, others) for rate in GRID[method]}
+            for method in methods
+        }
+        for method, tried in jobs.items():
+            found[method] = {rate: job.result() for rate, job in tried.items()}
+            best[method] = float(max(found[method], key=found[method].get))
+
+    best: dict[str, float] = {}
+    found: dict[str, dict[str, float]] = {}
+    grid([method for method in GRID if method != "tgdpo"], start, {})
+    dpo = {"dpo": best["dpo"]}  # TGDPO's guide
+    grid(["tgdpo"], out / f"grid-dpo-{best['dpo']:g}", dpo)
+    return best, found
 
 
 def main(
@@ -100,20 +118,24 @@ def main(
         rows.append(
             {"method": method, "accuracy, %": f"{mean:.1f} ± {half:.1f}", "learning rate": f"{best.get(method, 0):g}"}
         )
-    for other in ("base", "dpo", "sft"):
-        mean, half = mean_and_half([a - b for a, b in zip(values["cdpo"], values[other], strict=True)])
-        differences[f"cdpo - {other}"] = {"mean": mean, "half": half}
-    shares = [summary["lowest score is the first error"] for summary in runs]
-    first = sum(s["share"] * s["n"] for s in shares) / sum(s["n"] for s in shares)
+    for method, other in DIFFERENCES:
+        mean, half = mean_and_half([a - b for a, b in zip(values[method], values[other], strict=True)])
+        differences[f"{method} - {other}"] = {"mean": mean, "half": half}
+    first = {}
+    for name in ("lowest score is the first error", "critical token is the first error"):
+        shares = [summary[name] for summary in runs]
+        n = sum(share["n"] for share in shares)
+        first[name] = {"share": sum(s["share"] * s["n"] for s in shares) / n, "n": n, "by seed": shares}
     print(markdown_table(rows))
     for name, difference in differences.items():
         print(f"{name}: {difference['mean']:+.1f} ± {difference['half']:.1f}")
-    print(f"lowest score is the first error: {first:.1%} of {sum(s['n'] for s in shares)} rejected solutions")
+    for name, share in first.items():
+        print(f"{name}: {share['share']:.1%} of {share['n']} rejected solutions")
     if json_path:
         result = {
             "seeds": seeds, "test problems": runs[0]["scores"]["base"]["n"], "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-            "accuracy": values, "learning rates": best, "grid on held-out problems": grid, "differences": differences,
-            "lowest score is first error": {"share": first, "by seed": shares},
+            "accuracy": values, "learning rates": best, "grid on held-out problems": grid, "differences": differences, **first,
+            "rollouts": [summary["counts"]["score rollout"] for summary in runs],
         }  # fmt: skip
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(result, indent=2) + "\n")

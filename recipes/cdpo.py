@@ -12,9 +12,7 @@ from typing import Annotated
 import typer
 
 from align.errors import AlignError
-from align.pipeline import CDPOChain, read_config
-from align.processes import process_state
-from align.report import markdown_table
+from align.pipeline import run_recipe
 
 
 def main(
@@ -24,16 +22,9 @@ def main(
 ) -> None:
     """Samples, verifies, pairs, trains the contrastive models, scores, trains, evaluates, reports."""
     try:
-        summary = CDPOChain(read_config(config, set_), output).run()
+        run_recipe(config, output, set_)
     except AlignError as error:
         sys.exit(f"align: {error}")
-    if process_state().is_main_process:
-        print("\n" + markdown_table(summary["table"]))
-        if share := summary.get("lowest score is the first error"):
-            print(
-                f"\nlowest-scored token of a rejected solution is its true first error: {share['share']:.1%} of {share['n']}"
-            )
-        print(f"\ntokens coloured by score: {output}/pairs.html\nall numbers: {output}/summary.json")
 
 
 if __name__ == "__main__":

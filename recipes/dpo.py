@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from align.config import read_config
 from align.errors import AlignError
-from align.pipeline import read_config
 from align.processes import process_state
 from align.records import read_records
 from align.trainers.training import train_preference

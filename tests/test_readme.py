@@ -1,11 +1,14 @@
 """What README tells users to type, typed."""
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,6 +40,8 @@ def test_the_chain_by_hand(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| pass@4" in done.stdout
     assert '"chosen_guidance_logratios"' in (tmp_path / "guided.jsonl").read_text()
+    assert '"rejected_rollout_values"' in (tmp_path / "rollouts.jsonl").read_text()
+    assert '"rejected_entropies"' in (tmp_path / "entropy.jsonl").read_text()
     assert (tmp_path / "pairs.html").exists() and (tmp_path / "referenced.jsonl").exists()
 
 
@@ -45,13 +50,28 @@ def test_the_python_example(tmp_path, monkeypatch):
 
     from align.records import write_records
 
-    (example,) = blocks("python")
+    example, own = blocks("python")
     write_records(tmp_path / "scored.jsonl", random_pairs(4, vocab_size=300, columns=("ce_scores",)))
     example = example.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(ROOT / "data/tiny-arithmetic/model"))
     assert "bf16=True" in example
     monkeypatch.chdir(tmp_path)
+    cpu = "bf16=False, use_cpu=True, max_steps=1, save_strategy='no', report_to='none', logging_steps=1, check_reference=False"
+    exec(example.replace("bf16=True", cpu), {})
+
+    # The method of one's own: short, and its weights are those of its formula.
+    pairs = random_pairs(4, vocab_size=300, columns=("ref_logps",))
+    write_records(tmp_path / "scored.jsonl", pairs)
+    assert len([line for line in own.splitlines() if line.strip()]) < 25 and "gamma=1.0" in own
+    names = {"__name__": "example"}
     exec(
-        example.replace("bf16=True", "bf16=False, use_cpu=True, max_steps=1, save_strategy='no', report_to='none'"), {}
+        own.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(ROOT / "data/tiny-arithmetic/model")).replace(
+            "bf16=True", cpu
+        ),
+        names,
+    )
+    values = [math.exp(value) for pair in pairs for value in pair["rejected_ref_logps"]]
+    assert names["trainer"].state.log_history[0]["weights/rejected"] == pytest.approx(
+        sum(values) / len(values), abs=1e-4
     )
 
 
@@ -66,11 +86,14 @@ def test_every_table_quotes_a_result_that_is_there():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
     result = json.loads((ROOT / "benchmarks/results/tiny_methods.json").read_text())
-    for method in ("base", "dpo", "cdpo", "sft"):
-        values = result["accuracy"][method]
+    for method, values in result["accuracy"].items():
         assert f"{sum(values) / len(values):.1f} ±" in README, method
-    share = result["lowest score is first error"]
-    assert f"{100 * share['share']:.1f} % of {sum(s['n'] for s in share['by seed']):,}" in README
+    for name, difference in result["differences"].items():
+        if name != "entropy - dpo":  # "0.0", without its sign
+            assert f"{abs(difference['mean']):.1f} ± {difference['half']:.1f}" in README, name
+    lowest, critical = (result[f"{name} is the first error"] for name in ("lowest score", "critical token"))
+    assert f"{100 * lowest['share']:.1f} % of {lowest['n']:,}" in README
+    assert f"rollouts in {100 * critical['share']:.1f} %" in README
     for name in ("scoring_tiny", "scoring_smollm2"):
         result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
         assert f"{result['seconds, one at a time over two models']:.1f} s" in README

@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig
 
+from align.config import METHODS, read_config
 from align.errors import ConfigError
-from align.pipeline import CDPOChain, read_config
+from align.pipeline import Chain
 from align.problems import load_problems
 from align.records import read_records, write_records
 from align.trainers.training import PREFERENCE_TRAINERS, _arguments
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "recipes/configs").rglob("*.yaml"))
+ALL = ROOT / "benchmarks/tiny_methods.yaml"
+CONFIGS = [*sorted((ROOT / "recipes/configs").rglob("*.yaml")), ALL]
 TINY = ROOT / "recipes/configs/cdpo/tiny-arithmetic.yaml"
+TGDPO = ROOT / "recipes/configs/tgdpo/tiny-arithmetic.yaml"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 SMALL = [
     "train.limit=12", "test.limit=8", "sample.n=4", "contrastive.args.max_steps=2", "methods.sft.args.max_steps=1",
@@ -37,24 +40,28 @@ def align(*command: str, ok: bool = True) -> subprocess.CompletedProcess:
     return python("-c", "from align.cli import main; main()", *map(str, command), ok=ok)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_configuration_is_understood(path, tmp_path):
     """Each field reaches a class that knows it; nothing is downloaded."""
     from trl import SFTConfig
 
     config = read_config(path)
-    CDPOChain(config, tmp_path)
-    assert set(config.methods) == {"sft", "dpo", "cdpo"}
+    Chain(config, tmp_path)
     cpu = {"bf16": False, "use_cpu": True}
-    _arguments(SFTConfig, {**config.contrastive["args"], **cpu}, tmp_path)
-    LoraConfig(**config.contrastive["lora"])
-    for method, settings in config.methods.items():
-        cls = SFTConfig if method == "sft" else PREFERENCE_TRAINERS[method].config_class
+    if config.contrastive:
+        _arguments(SFTConfig, {**config.contrastive["args"], **cpu}, tmp_path)
+        LoraConfig(**config.contrastive["lora"])
+    for name, settings in config.methods.items():
+        trainer = METHODS[name].trainer
+        cls = SFTConfig if trainer == "sft" else PREFERENCE_TRAINERS[trainer].config_class
         _arguments(cls, {**settings["args"], **cpu}, tmp_path)
         LoraConfig(**settings.get("lora") or {})
-    rates = [config.methods[method]["args"].pop("learning_rate") for method in ("dpo", "cdpo")]
-    assert config.methods["dpo"] == config.methods["cdpo"]  # a fair baseline …
-    assert path == TINY or rates[0] == rates[1]  # … each with its own best rate where that was measured
+    ours = "tgdpo" if path.parent.name == "tgdpo" else "cdpo"
+    assert set(config.methods) >= {"dpo", ours}
+    config.methods[ours]["args"].pop("alpha", None)
+    rates = [config.methods[method]["args"].pop("learning_rate") for method in ("dpo", ours)]
+    assert config.methods["dpo"] == config.methods[ours]  # a fair baseline …
+    assert path in (TINY, ALL) or rates[0] == rates[1]  # … each with its own best rate where that was measured
 
 
 def test_mistakes_in_a_configuration_are_named(tmp_path):
@@ -63,7 +70,7 @@ def test_mistakes_in_a_configuration_are_named(tmp_path):
     with pytest.raises(ConfigError, match="section.key=value"):
         read_config(TINY, ["sample.n"])
     with pytest.raises(ConfigError, match="unknown temprature"):
-        CDPOChain(read_config(TINY, ["sample.temprature=1"]), tmp_path)
+        Chain(read_config(TINY, ["sample.temprature=1"]), tmp_path)
     for override, words in (
         ("methods.cdpo.args.lerning_rate=1", "lerning_rate: no field of CDPOConfig"),
         ("methods.sft.args.max_step=1", "max_step: no field of SFTConfig"),
@@ -77,9 +84,18 @@ def test_mistakes_in_a_configuration_are_named(tmp_path):
         ("score.beta=-1", "beta = -1 must not be negative"),
         ("sample=null", "'sample': None must be a mapping"),
         ("evaluate.ks=3", "ks = 3 must be a list"),
+        ("evaluate.export=mt-bench", "'mt-bench' is unknown"),
+        ("entropy.top=0", "top = 0 must lie in"),
+        ("rollout.rule=x", "rule = 'x' is unknown"),
+        ("guide={path: x, args: {}}", "give one of them"),
+        ("pairs.source=x", "give one of the sections 'train'"),
+        ("test.answers=false", "nothing to verify; set evaluate.export"),
+        ("train.answers=false", "nothing to make pairs of"),
+        ("test={}", "give a section 'test'"),
+        ("model.quantization=4bit", "4bit cannot be trained; give lora"),
     ):
         with pytest.raises(ConfigError, match=words):
-            CDPOChain(read_config(TINY, [override]), tmp_path)
+            Chain(read_config(TINY, [override]), tmp_path)
     assert not list(tmp_path.iterdir())  # nothing has begun
     methods = read_config(TINY, ["methods.cdpo.args.learning_rate=1e-9"]).methods
     assert (
@@ -109,6 +125,92 @@ def test_the_whole_chain_then_nothing_to_do_then_one_stage(tmp_path):
     changed = {str(p.relative_to(out)) for p, stamp in stamps.items() if p.stat().st_mtime_ns != stamp}
     assert {"cdpo", "test/cdpo-samples.jsonl"} <= changed  # the verdicts depend on what was sampled
     assert changed <= {"cdpo", "test/cdpo-samples.jsonl", "test/cdpo-verdicts.jsonl"}
+
+
+def test_all_methods_on_a_handful_of_problems(tmp_path):
+    """Every source of weights in one table; TGDPO's guide is the DPO of the same run, trained once."""
+    out = tmp_path / "run"
+    values = [
+        *SMALL,
+        "sample.max_new_tokens=60",
+        "rollout.n=2",
+        *(f"methods.{m}.args.max_steps=1" for m in ("tgdpo", "entropy", "rollout")),
+    ]
+    flags = [word for value in values for word in ("--set", value)]
+    shown = python("recipes/tgdpo.py", "--config", str(ALL), "--output", str(out), *flags).stdout
+    for method in METHODS.values():
+        assert method.title in shown
+    assert "lowest score of a rejected" in shown and "critical token of a rejected" in shown
+    counts = json.loads((out / "summary.json").read_text())["counts"]
+    assert counts["train dpo"]["steps"] == 2 and counts["score guidance"]["rows"] == counts["pair"]["pairs"]
+    assert not (out / "guide").exists()
+    row = read_records(out / "rollouts.jsonl", "pair")[0]
+    assert len(row["rejected_weights"]) == len(row["rejected_ref_logps"])
+    page = (out / "pairs.html").read_text()
+    assert all(f'"{column}"' in page for column in ("ce_scores", "guidance_logratios", "rollout_values", "entropies"))
+
+
+def test_tgdpo_on_a_preference_data_set(tmp_path):
+    """Text in, a guide of its own, accuracy on held-out pairs, and completions for a judge out; then a guide that is given."""
+    rows = [
+        {"instruction": f"What is {i}+1?", "chosen": f" It is {i + 1}.", "rejected": f" It is {i + 2}."}
+        for i in range(12)
+    ]
+    write_records(tmp_path / "prefs.jsonl", rows)
+    write_records(
+        tmp_path / "prompts.jsonl", [{"instruction": "Say one.", "dataset": "d"}, {"instruction": "Say two."}]
+    )
+    out, prefs = tmp_path / "run", tmp_path / "prefs.jsonl"
+    values = [
+        "train={}", f"pairs={{source: {prefs}}}", f"test_pairs={{source: {prefs}, limit: 5}}", "inspect.first_error=false",
+        f"test={{source: {tmp_path / 'prompts.jsonl'}, answers: false}}", "evaluate.export=alpaca-eval",
+        "evaluate.max_new_tokens=8", "methods.dpo.args.max_steps=2", "methods.dpo.args.warmup_steps=0", "methods.tgdpo.args.max_steps=2",
+        "guide={args: {max_steps: 3, bf16: false}}",
+    ]  # fmt: skip
+    flags = [word for value in values for word in ("--set", value)]
+    command = ["recipes/tgdpo.py", "--config", str(TGDPO), "--output", str(out)]
+    shown = python(*command, *flags).stdout
+    assert "preference accuracy" in shown and "tgdpo-alpaca-eval.json" in shown
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["counts"]["tokenize"]["rows"] == 12 and summary["counts"]["train guide"]["steps"] == 3
+    assert summary["scores"]["tgdpo"]["pairs"] == 5 and "preference" not in summary["scores"]["base"]
+    exported = json.loads((out / "test/tgdpo-alpaca-eval.json").read_text())
+    assert [row["instruction"] for row in exported] == ["Say one.", "Say two."]
+    assert exported[0]["generator"] == "model-tgdpo" and exported[0]["dataset"] == "d"
+    stamp = (out / "dpo").stat().st_mtime_ns
+    given = [*flags[:-1], f"guide={{path: {out / 'dpo'}}}"]
+    python(*command, *given)
+    assert (out / "dpo").stat().st_mtime_ns == stamp
+    row = read_records(out / "guided.jsonl", "pair")[0]
+    assert any(row["chosen_guidance_logratios"]) and len(row["chosen_guidance_logratios"]) == len(row["chosen_ids"])
+
+
+def test_scores_and_exports_from_the_command_line(tmp_path):
+    model = ["--model", "data/tiny-arithmetic/model"]
+    rows = [{"prompt": f"What is {i}+1?", "chosen": f" {i + 1}", "rejected": f" {i + 2}"} for i in range(4)]
+    path = {
+        name: tmp_path / f"{name}.jsonl" for name in ("prefs", "pairs", "answered", "entropy", "rollout", "samples")
+    }
+    write_records(path["prefs"], rows)
+    assert json.loads(align("tokenize", path["prefs"], path["pairs"], *model).stdout)["rows"] == 4
+    pairs = read_records(path["pairs"], "pair")
+    entropy = align("score", "entropy", path["pairs"], path["entropy"], *model, "--dtype", "float32", "--top", 0.5)
+    assert 0 < json.loads(entropy.stdout)["kept"] < json.loads(entropy.stdout)["tokens"]
+    done = align("score", "rollout", path["pairs"], path["rollout"], *model, "--n", 2, ok=False)
+    assert done.returncode == 2 and "no answer" in done.stderr
+    write_records(path["answered"], [{**pair, "answer": "7"} for pair in pairs])
+    options = [*model, "--dtype", "float32", "--n", 2, "--max-new-tokens", 12, "--k", 1, "--stop", "\\n"]
+    assert "forward_tokens" in json.loads(align("score", "rollout", path["answered"], path["rollout"], *options).stdout)
+    again = align("score", "rollout", path["answered"], path["rollout"], *options)
+    assert "Loading weights" not in again.stderr
+    align("sample", path["prefs"], path["samples"], *model, "--no-answers", "--max-new-tokens", 5, "--dtype", "float32")
+    exported = tmp_path / "arena.jsonl"
+    counts = align("evaluate", path["samples"], "--export", "arena-hard", "--out", exported, "--name", "mine")
+    assert (
+        json.loads(counts.stdout)["rows"] == 4 and json.loads(exported.read_text().splitlines()[0])["model"] == "mine"
+    )
+    for wrong in (["--export", "arena-hard"], ["--name", "mine"]):
+        assert align("evaluate", path["samples"], *wrong, ok=False).returncode == 2
 
 
 def test_the_command_line_and_the_baseline_recipes(tmp_path):

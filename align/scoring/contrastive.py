@@ -10,7 +10,7 @@ from ..errors import ConfigError, ModelMismatchError
 from ..logps import Batch, Row, completion_logits, per_token
 from ..losses import contrastive_scores
 from ..records import Record
-from .pairs import score_stage
+from .pairs import both_sides, score_stage
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +83,6 @@ def score_contrastive(
         return {"ce_scores": score_rows(model, rows, beta=beta, **options)}
 
     return score_stage(
-        pairs, out_path, compute, model=model, max_length=max_length,
+        pairs, out_path, both_sides(compute), model=model, max_length=max_length,
         stage="score contrastive", settings={"beta": beta, **(settings or {})},
     )  # fmt: skip

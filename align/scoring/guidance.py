@@ -4,14 +4,14 @@ arXiv 2506.14574)."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelMismatchError
 from ..logps import Row, token_logps
-from ..models import vocab_size
+from ..models import is_adapter, load_model, load_tokenizer, vocab_size
 from ..records import Record
-from .pairs import score_stage
+from .pairs import both_sides, score_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +34,29 @@ def check_same_vocabulary(
             f"{guide_name} has another tokenizer: {shown} ({len(different)} ids differ). A token's log-ratio needs one "
             "vocabulary; take a guide trained from the reference"
         )
+
+
+def load_guide(
+    model: Mapping[str, Any], guide: str
+) -> tuple[PreTrainedModel, PreTrainedModel | None, PreTrainedTokenizerBase]:
+    """Loads what `score_guidance` takes: one model with an adapter, or two where the guide is a model of its own.
+
+    Args:
+        model: arguments of `align.load_model` for the reference, `path` among them.
+        guide: folder or hub name of an adapter on the reference, or of a whole model.
+
+    Returns:
+        The guide, the reference (`None` where the guide is an adapter), and the reference's tokenizer.
+
+    Raises:
+        ModelMismatchError: the guide has another tokenizer or base.
+    """
+    trusted = model.get("trust_remote_code", False)
+    tokenizer = load_tokenizer(model["path"], trust_remote_code=trusted)
+    if is_adapter(guide):
+        return load_model(**{**model, "adapter": guide}), None, tokenizer
+    check_same_vocabulary(load_tokenizer(guide, trust_remote_code=trusted), tokenizer, guide)
+    return load_model(**{**model, "path": guide}), load_model(**model), tokenizer
 
 
 def score_guidance(
@@ -77,5 +100,11 @@ def score_guidance(
         return {"guidance_logratios": ratios, "ref_logps": plain}
 
     return score_stage(
-        pairs, out_path, compute, model=smaller, max_length=max_length, stage="score guidance", settings=settings or {}
+        pairs,
+        out_path,
+        both_sides(compute),
+        model=smaller,
+        max_length=max_length,
+        stage="score guidance",
+        settings=settings or {},
     )

@@ -1,9 +1,9 @@
-"""What every scoring stage shares: pairs in, the same pairs with one more token-level column out."""
+"""What every scoring stage shares: pairs in, the same pairs with more token-level columns out."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RecordError
@@ -16,30 +16,64 @@ from ..tokens import check_pair_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SIDES = ("chosen", "rejected")
+
 #: Pairs per part: what at most is computed again after an interruption.
 PAIRS_PER_PART = 256
+
+
+def both_sides(
+    compute: Callable[[list[Row]], Mapping[str, Sequence[list[float]]]],
+) -> Callable[[int, list[Record]], list[Record]]:
+    """Makes a part's computation of one that knows rows alone.
+
+    Args:
+        compute: rows of prompt and completion ids -> per column, without its side, one list of numbers per row.
+    """
+
+    def compute_part(_number: int, part: list[Record]) -> list[Record]:
+        rows = [(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in part for side in SIDES]
+        numbers = compute(rows)
+        return [
+            {
+                f"{side}_{column}": values[2 * i + n]
+                for column, values in numbers.items()
+                for n, side in enumerate(SIDES)
+            }
+            for i in range(len(part))
+        ]
+
+    return compute_part
 
 
 def score_stage(
     pairs: Sequence[Record],
     out_path: str | os.PathLike,
-    compute: Callable[[list[Row]], dict[str, list[list[float]]]],
+    compute: Callable[[int, list[Record]], list[Record]],
     *,
     model: PreTrainedModel,
     max_length: int | None,
     stage: str,
     settings: dict[str, Any],
-) -> dict[str, int]:
-    """Adds token-level columns to pairs; checks every row before the first forward pass.
+    adds: Sequence[str] = (),
+    per_part: int = PAIRS_PER_PART,
+    finish: Callable[[list[Record]], None] | None = None,
+    count: Callable[[list[Record]], Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Adds columns to pairs; checks every row before the first forward pass.
 
     Args:
-        compute: rows of prompt and completion ids -> per column, without its side, one list of numbers per row.
+        compute: number of a part and its pairs -> per pair, the columns to add. See `both_sides`.
         model: for its vocabulary size.
         max_length: longest prompt and completion together, in tokens; longer pairs are left out and counted.
         settings: what the numbers depend on besides the pairs.
+        adds: token-level columns, without their side, that the pairs must not have yet: a user's own must not vanish.
+        per_part: pairs of a part.
+        finish: last word on all rows, in place; for numbers that depend on the whole data set.
+        count: further counts, from all rows.
 
     Returns:
-        Counts: `rows`, `too_long`, `tokens`.
+        Counts: `rows`, `too_long`, `tokens`, and what `count` gives.
 
     Raises:
         RecordError, MissingColumnError: a row does not fit the model or the schema.
@@ -49,23 +83,22 @@ def score_stage(
     size = vocab_size(model)
     for index, pair in enumerate(pairs):
         check_pair_ids(pair, index, size)
+        present = [f"{side}_{column}" for side in SIDES for column in adds if f"{side}_{column}" in pair]
+        if present:
+            raise RecordError(
+                f"pairs, row {index} (id {pair['id']!r}): has {', '.join(present)} already, which {stage} would replace; "
+                "remove or rename them"
+            )
     kept = [(index, pair) for index, pair in enumerate(pairs) if max_length is None or _length(pair) <= max_length]
     if not kept:
         raise RecordError(f"none of the {len(pairs)} pairs fits max_length = {max_length}; raise it or check the pairs")
     # Pairs of similar length share a part, so that batches within it carry little padding.
     kept.sort(key=lambda item: -_length(item[1]))
-    parts = [kept[i : i + PAIRS_PER_PART] for i in range(0, len(kept), PAIRS_PER_PART)]
+    parts = [kept[i : i + per_part] for i in range(0, len(kept), per_part)]
 
-    def compute_part(_number: int, part: list[tuple[int, Record]]) -> list[Record]:
-        rows = [(pair["prompt_ids"], pair[f"{side}_ids"]) for _, pair in part for side in ("chosen", "rejected")]
-        numbers = compute(rows)
-        return [
-            pair
-            | {f"chosen_{column}": values[2 * i] for column, values in numbers.items()}
-            | {f"rejected_{column}": values[2 * i + 1] for column, values in numbers.items()}
-            | {"_row": index}
-            for i, (index, pair) in enumerate(part)
-        ]
+    def compute_part(number: int, part: list[tuple[int, Record]]) -> list[Record]:
+        added = compute(number, [pair for _, pair in part])
+        return [pair | new | {"_row": index} for (index, pair), new in zip(part, added, strict=True)]
 
     return run_in_parts(
         out_path,
@@ -74,9 +107,11 @@ def score_stage(
         stage=stage,
         settings=score_settings(pairs, max_length, settings),
         order=lambda row: row.pop("_row"),
+        finish=finish,
         count=lambda rows: {
             "too_long": len(pairs) - len(rows),
-            "tokens": sum(len(row[f"{side}_ids"]) for row in rows for side in ("chosen", "rejected")),
+            "tokens": sum(len(row[f"{side}_ids"]) for row in rows for side in SIDES),
+            **(count(rows) if count else {}),
         },
     )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..logps import Row, token_logps
 from ..records import Record
-from .pairs import score_stage
+from .pairs import both_sides, score_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +43,6 @@ def score_reference(
         return {"ref_logps": token_logps(model, rows, adapter=adapter, **options)}
 
     return score_stage(
-        pairs, out_path, compute, model=model, max_length=max_length,
+        pairs, out_path, both_sides(compute), model=model, max_length=max_length,
         stage="score reference", settings=settings or {},
     )  # fmt: skip

@@ -16,7 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from ..errors import ConfigError, RecordError
+from ..errors import ConfigError, MissingColumnError, RecordError
 from ..models import base_fingerprint, load_model, load_tokenizer, model_identity, vocab_size, write_base_file
 from ..processes import process_state
 from ..records import Record, check_records
@@ -26,8 +26,14 @@ from .cdpo import CDPOTrainer
 from .tgdpo import TGDPOTrainer
 from .token_dpo import TokenDPOTrainer
 
-#: Preference methods by the name a configuration gives them. DPO is the token trainer with all weights 1.
-PREFERENCE_TRAINERS = {"dpo": TokenDPOTrainer, "cdpo": CDPOTrainer, "tgdpo": TGDPOTrainer}
+#: Preference methods by the name a configuration gives them. DPO is the token trainer with all weights 1, whatever weights
+#: the pairs carry.
+PREFERENCE_TRAINERS = {
+    "dpo": TokenDPOTrainer,
+    "token_dpo": TokenDPOTrainer,
+    "cdpo": CDPOTrainer,
+    "tgdpo": TGDPOTrainer,
+}
 
 #: What a pair carries for TokenDPO and its subclasses, besides ids.
 _READ = ("prompt_ids", "chosen_ids", "rejected_ids", "id")
@@ -61,6 +67,14 @@ def check_training(
         raise error if isinstance(error, ConfigError) else ConfigError(f"{method}: {error}") from error
 
 
+def check_trainable(model: Mapping[str, Any], lora: Mapping[str, Any] | None) -> None:
+    """Raises a ConfigError where a model's weights shall be trained as they are, but are quantized."""
+    if lora is None and model.get("quantization") is not None:
+        raise ConfigError(
+            f"weights in {model['quantization']} cannot be trained; give lora, or leave quantization out of the model"
+        )
+
+
 def train_sft(
     model: Mapping[str, Any],
     demonstrations: Sequence[Record],
@@ -72,7 +86,8 @@ def train_sft(
     """Supervised fine-tuning on demonstration records with TRL's `SFTTrainer`; the loss is on completions alone.
 
     Args:
-        model: arguments of `align.load_model`, `path` among them.
+        model: arguments of `align.load_model`, `path` among them; without `lora` its weights are held in float32, whatever
+            its `dtype`, and `bf16=True` computes in bfloat16.
         demonstrations: records with `prompt_ids` and `completion_ids`; nothing is tokenized again.
         out_dir: where the adapter (or, without `lora`, the model) and its tokenizer are saved.
         args: fields of `trl.SFTConfig`.
@@ -148,7 +163,10 @@ def train_preference(
     cls = PREFERENCE_TRAINERS[method]
     if not pairs:
         raise RecordError("there are no pairs to train on")
-    columns = [f"{side}_{column}" for side in ("chosen", "rejected") for column in (*cls.token_columns, "ref_logps")]
+    weighing = () if method == "dpo" else cls.token_columns
+    columns = [f"{side}_{column}" for side in ("chosen", "rejected") for column in (*weighing, "ref_logps")]
+    if method == "token_dpo" and not any(f"{side}_weights" in pairs[0] for side in ("chosen", "rejected")):
+        raise MissingColumnError("token_dpo trains with chosen_weights or rejected_weights, and the pairs have neither")
     rows = [{key: pair[key] for key in (*_READ, *columns) if key in pair} for pair in pairs]
 
     def build(base, tokenizer, directory: Path) -> TokenDPOTrainer:
@@ -182,6 +200,7 @@ def _train(
 ) -> dict[str, Any]:
     """Trains in `<out_dir>.training`, resuming from its last checkpoint, and moves the result to `out_dir`."""
     out_dir, process = Path(out_dir), process_state()
+    check_trainable(model, settings["lora"])
     settings = {**settings, "model": {**model, "path": model_identity(model["path"])}, "data": records_hash(rows)}
     if is_complete(out_dir, method, settings):
         return {}
@@ -199,7 +218,8 @@ def _train(
         marker.touch()
         write_manifest(marker, method, settings, {})
     process.wait_for_everyone()
-    base = load_model(**model)
+    # Weights that are trained are kept in float32, as TRL does: in bfloat16 an update of a small learning rate is rounded away.
+    base = load_model(**(model if settings["lora"] is not None else {**model, "dtype": "float32"}))
     tokenizer = load_tokenizer(model["path"], trust_remote_code=model.get("trust_remote_code", False))
     fingerprint = base_fingerprint(base)
     trainer = build(base, tokenizer, working)

@@ -1,0 +1,59 @@
+"""What the subcommands share: options, and what is asked before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Option(help="Hub name or folder of the base model.")]
+Adapter = Annotated[str | None, typer.Option(help="PEFT adapter to put on it.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Quantization = Annotated[str | None, typer.Option(help="4bit (NF4) or 8bit.")]
+Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
+MaxTokens = Annotated[int, typer.Option(help="Token budget of a batch, padding included.")]
+MaxLength = Annotated[int | None, typer.Option(help="Leave out (and count) pairs longer than so many tokens.")]
+
+
+def is_first() -> bool:
+    """Whether this is the one process, of several under accelerate, that prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_counts(counts: dict) -> None:
+    """Prints a stage's counts as JSON, in one process."""
+    if is_first():
+        typer.echo(json.dumps(counts, indent=2, ensure_ascii=False))
+
+
+def identity(model: str, dtype: str, quantization: str | None, **adapters: str | None) -> dict:
+    """What an output depends on besides its inputs, for its manifest."""
+    from .models import model_identity
+
+    found = {name: model_identity(path) if path else None for name, path in {"model": model, **adapters}.items()}
+    return {**found, "dtype": dtype, "quantization": quantization}
+
+
+def finished(out: str, stage: str, settings: dict) -> bool:
+    """Whether there is nothing left to do; asked before a model is loaded."""
+    from .stages import is_complete, read_manifest
+
+    if not is_complete(out, stage, settings):
+        return False
+    print_counts(read_manifest(out)["counts"])
+    return True
+
+
+def load(model: str, adapter: str | None, dtype: str, quantization: str | None, trust: bool):
+    """Model and tokenizer."""
+    from .models import load_model, load_tokenizer
+
+    loaded = load_model(model, dtype=dtype, quantization=quantization, adapter=adapter, trust_remote_code=trust)
+    return loaded, load_tokenizer(model, trust_remote_code=trust)
+
+
+def unescape(text: str | None) -> str | None:
+    """A shell leaves `\\n` as two characters, where a line break is meant."""
+    return text and text.replace("\\n", "\n").replace("\\t", "\t")

@@ -1,0 +1,238 @@
+"""A recipe's configuration: the sections of its YAML file, read and checked before anything runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import ConfigError
+from .export import check_format
+from .pair import PairConfig
+from .preferences import tokenize_pairs
+from .problems import load_problems
+from .sample import SampleConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Args:
+        title: what the table calls it.
+        trainer: `sft`, or a key of `align.trainers.training.PREFERENCE_TRAINERS`.
+        scores: where its token-level columns come from.
+    """
+
+    title: str
+    trainer: str
+    scores: str | None
+
+
+#: Methods in the order of the table, by their name in a configuration.
+METHODS = {
+    "sft": Method("SFT on the positive set", "sft", None),
+    "dpo": Method("DPO on the same pairs", "dpo", "reference"),
+    "cdpo": Method("cDPO", "cdpo", "contrastive"),
+    "tgdpo": Method("TGDPO", "tgdpo", "guidance"),
+    "entropy": Method("DPO on tokens of high entropy", "token_dpo", "entropy"),
+    "rollout": Method("DPO with weights from rollouts", "token_dpo", "rollout"),
+}
+
+#: What a training takes.
+TRAINING = {"args", "lora"}
+
+
+@dataclass
+class ChainConfig:
+    """A recipe's configuration; each field is a section of the YAML file.
+
+    Args:
+        model: arguments of `align.load_model`.
+        train, test: arguments of `align.load_problems`. With `answers: false` the test problems are open-ended prompts, and
+            completions are exported in place of being verified.
+        pairs, test_pairs: arguments of `align.tokenize_pairs`: a preference data set in place of `train`, and held-out pairs.
+        sample: fields of `SampleConfig` for the training problems.
+        pair: fields of `PairConfig`.
+        contrastive: `args` (`trl.SFTConfig`) and `lora` (`peft.LoraConfig`) of the positive and negative model.
+        guide: TGDPO's guide: `path` of a preference-trained policy, or `args` and `lora` to train one by DPO; where it is left
+            out, `methods.dpo` is the guide.
+        score: `beta`, `max_length`, `max_tokens_per_batch`.
+        entropy: `top`, the share of tokens that keep their weight.
+        rollout: fields of `RolloutConfig`.
+        methods: per method of the table, `args` and `lora`; `null` leaves a method out.
+        evaluate: fields of `SampleConfig` for the test problems, `ks` for pass@k and maj@k, `export` for a judge's format.
+        inspect: `limit` of pairs on the page; `first_error: true` where each problem has one solution text.
+    """
+
+    model: dict[str, Any]
+    train: dict[str, Any] = field(default_factory=dict)
+    test: dict[str, Any] = field(default_factory=dict)
+    pairs: dict[str, Any] = field(default_factory=dict)
+    test_pairs: dict[str, Any] = field(default_factory=dict)
+    sample: dict[str, Any] = field(default_factory=dict)
+    pair: dict[str, Any] = field(default_factory=dict)
+    contrastive: dict[str, Any] = field(default_factory=dict)
+    guide: dict[str, Any] = field(default_factory=dict)
+    score: dict[str, Any] = field(default_factory=dict)
+    entropy: dict[str, Any] = field(default_factory=dict)
+    rollout: dict[str, Any] = field(default_factory=dict)
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    inspect: dict[str, Any] = field(default_factory=dict)
+
+
+def read_config(path: str | Path, overrides: list[str] | None = None) -> ChainConfig:
+    """Reads a recipe's YAML file; `overrides` such as `methods.cdpo.args.learning_rate=1e-5` change single values.
+
+    Raises:
+        ConfigError: not YAML, an unknown section, or an override without `=`.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a mapping of sections is expected")
+    raw = json.loads(json.dumps(raw))  # YAML aliases are one object: a change to one section would change the other
+    for override in overrides or ():
+        name, separator, value = override.partition("=")
+        *sections, last = name.split(".")
+        if not separator:
+            raise ConfigError(f"--set {override!r}: write it as section.key=value")
+        target = raw
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set {override!r}: {section!r} is no section of {path}")
+        target[last] = _scalar(value)
+    known = {f.name for f in fields(ChainConfig)}
+    if unknown := sorted(set(raw) - known):
+        raise ConfigError(f"{path}: unknown section {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    if "model" not in raw:
+        raise ConfigError(f"{path}: section model is missing")
+    if unknown := sorted(set(raw.get("methods") or {}) - set(METHODS)):
+        raise ConfigError(f"{path}: unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    raw["methods"] = {name: settings for name, settings in (raw.get("methods") or {}).items() if settings is not None}
+    return ChainConfig(**raw)
+
+
+def _scalar(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML takes 1e-5 for text
+        except ValueError:
+            pass
+    return value
+
+
+def check_keys(section: str, values: Any, known: set[str], needed: str | None = None) -> None:
+    """Raises a ConfigError where a section is no mapping, has a key that nothing knows, or lacks one."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"section {section!r}: {values!r} must be a mapping of names to values")
+    if unknown := sorted(set(values) - known):
+        raise ConfigError(f"section {section!r}: unknown {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    if needed is not None and needed not in values:
+        raise ConfigError(f"section {section!r}: {needed} is missing")
+
+
+def section(cls: type, values: Mapping[str, Any], name: str) -> Any:
+    """A dataclass of a section's values."""
+    check_keys(name, values, {f.name for f in fields(cls) if f.init})
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(f"section {name!r}: {error}") from error
+
+
+class Settings:
+    """The sections as what the stages take; all of them checked: every key reaches something that knows it. Asked before
+    hours of work, not after.
+
+    Args:
+        config: as read.
+        out: folder of the run, named in messages.
+
+    Raises:
+        ConfigError: a setting that no stage knows, or sections that contradict each other.
+    """
+
+    def __init__(self, config: ChainConfig, out: Path) -> None:
+        from .scoring.rollout import RolloutConfig
+
+        self._check_sources(config)
+        self.sampling = section(SampleConfig, config.sample, "sample")
+        self.pairing = section(PairConfig, config.pair, "pair")
+        self.rollout = section(RolloutConfig, config.rollout, "rollout")
+        check_keys("evaluate", config.evaluate, {f.name for f in fields(SampleConfig)} | {"ks", "export"})
+        self.ks, self.export = config.evaluate.get("ks", []), config.evaluate.get("export")
+        own = {k: v for k, v in config.evaluate.items() if k not in ("ks", "export")}
+        self.testing = section(SampleConfig, own, "evaluate")
+        if not isinstance(self.ks, list) or any(not isinstance(k, int) or k < 1 for k in self.ks):
+            raise ConfigError(f"section 'evaluate': ks = {self.ks!r} must be a list of whole numbers")
+        if any(k > self.testing.n for k in self.ks):
+            raise ConfigError(f"section 'evaluate': ks = {self.ks} need n of at least {max(self.ks)}")
+        if self.export is not None:
+            check_format(self.export)
+            if self.testing.n != 1:
+                raise ConfigError(f"section 'evaluate': export takes one completion per prompt; n is {self.testing.n}")
+        elif config.test and not config.test.get("answers", True):
+            raise ConfigError("section 'test': answers: false leaves nothing to verify; set evaluate.export")
+        self._check_trainings(config, out)
+
+    def _check_sources(self, config: ChainConfig) -> None:
+        from .models import load_model
+
+        check_keys("model", config.model, set(signature(load_model).parameters) - {"adapter"}, needed="path")
+        problems = set(signature(load_problems).parameters)
+        pairs = set(signature(tokenize_pairs).parameters) - {"tokenizer", "out_path", "settings"}
+        for name, known in (("train", problems), ("test", problems), ("pairs", pairs), ("test_pairs", pairs)):
+            if getattr(config, name) != {}:
+                check_keys(name, getattr(config, name), known, needed="source")
+        if bool(config.train) == bool(config.pairs):
+            raise ConfigError(
+                "give one of the sections 'train' (problems to sample) and 'pairs' (a preference data set)"
+            )
+        if config.train and not config.train.get("answers", True):
+            raise ConfigError("section 'train': answers: false leaves nothing to make pairs of")
+        if config.train and config.sample == {}:
+            raise ConfigError("section 'sample' is missing; it says how training problems are sampled")
+        if not config.test and not config.test_pairs:
+            raise ConfigError("give a section 'test' (problems) or 'test_pairs', to evaluate on")
+        check_keys("score", config.score, {"beta", "max_length", "max_tokens_per_batch"})
+        if config.score.get("beta", 1.0) < 0:
+            raise ConfigError(f"section 'score': beta = {config.score['beta']} must not be negative")
+        check_keys("entropy", config.entropy, {"top"})
+        if not 0 < config.entropy.get("top", 0.2) <= 1:
+            raise ConfigError(f"section 'entropy': top = {config.entropy['top']} must lie in (0, 1]")
+        check_keys("inspect", config.inspect, {"limit", "first_error"})
+        if config.inspect.get("first_error") and config.pairs:
+            raise ConfigError("section 'inspect': first_error needs problems with solutions; 'pairs' has none")
+
+    def _check_trainings(self, config: ChainConfig, out: Path) -> None:
+        from .trainers.training import check_trainable, check_training
+
+        check_keys("contrastive", config.contrastive, TRAINING)
+        check_training("sft", out, **config.contrastive)
+        check_keys("guide", config.guide, TRAINING | {"path"})
+        if "path" in config.guide and len(config.guide) > 1:
+            raise ConfigError("section 'guide': path names a trained policy, args and lora train one; give one of them")
+        if "path" not in config.guide:
+            check_training("dpo", out, **config.guide)
+        for name, settings in config.methods.items():
+            check_keys(f"methods.{name}", settings, TRAINING)
+            method = METHODS[name]
+            check_training(method.trainer, out, **settings)
+            check_trainable(config.model, settings.get("lora"))
+            if config.pairs and (method.trainer == "sft" or method.scores in ("contrastive", "rollout")):
+                raise ConfigError(
+                    f"methods.{name} needs sampled solutions; give problems ('train') in place of 'pairs'"
+                )
+            if method.scores == "guidance" and not config.guide and "dpo" not in config.methods:
+                raise ConfigError(f"methods.{name} needs a guide: a section 'guide' with path or args, or methods.dpo")

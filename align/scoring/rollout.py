@@ -1,0 +1,385 @@
+"""Rollouts: how often the model still reaches the right answer after each token of a completion, and so which token of a
+wrong solution is critical. What cDPO's contrastive scores estimate (arXiv 2411.19943) is here counted.
+
+State t of a completion y is its first t tokens; V_t is the share of n continuations of state t that end in the right
+answer, V_T is 1 or 0 as y itself does. In a search of all positions the n continuations of neighbouring states are shared: a
+draw that takes y's own token at state t *is* a draw of state t + 1, so only those that fork off are continued, and fresh ones
+take their places. Every V_t stays the mean of n independent draws, and V_t − V_{t+1} is free of noise where nothing forks.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from ..continuations import Continuations, Fork
+from ..errors import ConfigError, MissingColumnError
+from ..evaluate import pass_at_k
+from ..logps import Row
+from ..records import Record, row_name
+from ..sample import SampleConfig
+from ..tokens import decode_completion
+from ..verify import verify_completion
+from .pairs import SIDES, score_stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SEARCHES = ("all", "bisection")
+RULES = ("drop", "critical")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How to roll out.
+
+    Args:
+        n: continuations per position; the paper draws 64.
+        search: `all` looks at every position; `bisection` at about log2 T of them, for the one where V falls to
+            `threshold`, which it finds where V falls once.
+        threshold: share of right continuations below which a state counts as lost; about 0.05 in the paper.
+        rule: `drop` weights a rejected token with what it costs, max(0, V_t − V_{t+1}); `critical` gives the critical token
+            weight 1. All other weights of rejected tokens are 0. A bisection gives weight to the critical token alone.
+        weight_chosen: whether chosen tokens are weighted with what they gain, max(0, V_{t+1} − V_t), instead of 1.
+        ks: for each k, pass@k of critical states with and without the critical token.
+        temperature, top_p, top_k, stop: see `SampleConfig`; the policy's own sampling settings are meant.
+        max_new_tokens: longest completion, what is given of it included.
+        seed: with the number of the part, decides every draw.
+        batch_size: most continuations generated together.
+    """
+
+    n: int = 64
+    search: str = "all"
+    threshold: float = 0.05
+    rule: str = "drop"
+    weight_chosen: bool = False
+    ks: tuple[int, ...] = ()
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    batch_size: int = 64
+    sampling: SampleConfig = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, known in (("search", SEARCHES), ("rule", RULES)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"rollout: {name} = {getattr(self, name)!r} is unknown; use {' or '.join(known)}")
+        if self.temperature <= 0:
+            raise ConfigError(f"rollout: temperature = {self.temperature} draws the same continuation every time")
+        if not 0 <= self.threshold < 1:
+            raise ConfigError(f"rollout: threshold = {self.threshold} must lie in [0, 1)")
+        if self.weight_chosen and self.search == "bisection":
+            raise ConfigError(
+                "rollout: weight_chosen needs search 'all': a bisection looks for one loss, not for gains"
+            )
+        for k in self.ks:
+            if not 1 <= k <= self.n:
+                raise ConfigError(f"rollout: pass@{k} needs n of at least {k}, and k of at least 1; n is {self.n}")
+        object.__setattr__(self, "ks", tuple(self.ks))
+        names = ("n", "temperature", "top_p", "top_k", "max_new_tokens", "stop", "seed", "batch_size")
+        object.__setattr__(self, "sampling", SampleConfig(**{name: getattr(self, name) for name in names}))
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What was counted for one completion of T tokens.
+
+    Args:
+        correct: per state that was looked at, how many of its n continuations were right. State T is the completion
+            itself, and counts n or 0.
+        n: continuations per state.
+        length: T.
+        critical: index of the critical token; `None` where the completion is right or its first state lost already.
+        without: how many of n continuations that take another token in the critical one's place were right; `None` where
+            there is no other token to take.
+        forward_tokens: what the model was fed for it; a batch's are spread evenly.
+        independent_tokens: what the same continuations cost when each is computed from the prompt on.
+    """
+
+    correct: dict[int, int]
+    n: int
+    length: int
+    critical: int | None
+    without: int | None
+    forward_tokens: float
+    independent_tokens: int
+
+    def values(self) -> list[float]:
+        """V_0 … V_T; a state that was not looked at has the value of the last one before it that was."""
+        found, last = [], 0.0
+        for state in range(self.length + 1):
+            last = self.correct[state] / self.n if state in self.correct else last
+            found.append(last)
+        return found
+
+
+def roll_out(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    answers: Sequence[str],
+    config: RolloutConfig,
+    seed: int = 0,
+    share: bool | None = None,
+) -> list[Rollout]:
+    """Counts right continuations along each completion.
+
+    Args:
+        model: the policy; where it has an adapter, that is on.
+        rows: prompt and completion ids.
+        answers: reference answers.
+        seed: decides the draws.
+        share: see `Continuations`.
+    """
+    if not rows:
+        return []
+    continuations = Continuations(model, tokenizer, rows, config.sampling, seed, share)
+    judge = _Judge(continuations, answers)
+    search = _search_all if config.search == "all" else _bisect
+    found = search(judge, config, random.Random(seed))
+    without = [_without(judge, i, f) if config.ks else None for i, f in enumerate(found)]
+    cost = continuations.forward_tokens / len(rows)
+    return [
+        Rollout(f.correct, config.n, len(completion), f.critical, w, cost, f.independent)
+        for f, w, (_, completion) in zip(found, without, rows, strict=True)
+    ]
+
+
+@dataclass
+class _Found:
+    """What a search leaves of one row: see `Rollout`; and outcomes of the draws that left y at the critical token."""
+
+    correct: dict[int, int]
+    critical: int | None = None
+    left: list[bool] = field(default_factory=list)
+    independent: int = 0
+
+
+class _Judge:
+    """Continues forks, and says which completions end in their row's answer; equal ones are asked about once."""
+
+    def __init__(self, continuations: Continuations, answers: Sequence[str]) -> None:
+        self.continuations, self.answers = continuations, answers
+        self.rows, self.next_tokens = continuations.rows, continuations.next_tokens
+        self._known: dict[tuple[int, str], bool] = {}
+
+    def right(self, row: int, ids: Sequence[int]) -> bool:
+        text = decode_completion(self.continuations.tokenizer, ids)
+        if (row, text) not in self._known:
+            self._known[(row, text)] = verify_completion(text, self.answers[row]).correct
+        return self._known[(row, text)]
+
+    def outcomes(self, forks: Sequence[Fork]) -> list[tuple[bool, int]]:
+        """Whether each fork ends right, and what it costs when computed from the prompt on."""
+        ends = self.continuations.complete(forks)
+        return [
+            (self.right(fork.row, ids), len(self.rows[fork.row][0]) + len(ids) - 1)
+            for fork, ids in zip(forks, ends, strict=True)
+        ]
+
+
+def _search_all(judge: _Judge, config: RolloutConfig, rng: random.Random) -> list[_Found]:
+    forks: list[Fork] = []
+    plans = []
+    for row, (_, completion) in enumerate(judge.rows):
+        drawn, names = judge.next_tokens[row], count()
+        standing = [next(names) for _ in range(config.n)]  # the draws at this state
+        states, fates = [], {}  # a draw's fate is its fork; who has none is y itself
+        for position in range(len(completion)):
+            states.append(standing)
+            others, follow = drawn.others[position], drawn.follow[position]
+            leaving = [draw for draw in standing if others and rng.random() >= follow]
+            for draw, token in zip(leaving, others, strict=False):
+                fates[draw] = len(forks)
+                forks.append(Fork(row, position, token))
+            going_on = [draw for draw in standing if draw not in fates]
+            standing = going_on + [next(names) for _ in range(config.n - len(going_on))]
+        plans.append((states, fates))
+    ends = judge.outcomes(forks)
+    found = []
+    for row, ((prompt, completion), (states, fates)) in enumerate(zip(judge.rows, plans, strict=True)):
+        own = (judge.right(row, completion), len(prompt) + len(completion) - 1)
+        outcomes = [[ends[fates[draw]] if draw in fates else own for draw in standing] for standing in states]
+        correct = {state: sum(right for right, _ in those) for state, those in enumerate(outcomes)}
+        correct[len(completion)] = config.n * own[0]
+        critical = _critical(correct, len(completion), config)
+        left = (
+            []
+            if critical is None
+            else [ends[fates[d]][0] for d in states[critical] if _leaves(d, critical, fates, forks)]
+        )
+        found.append(_Found(correct, critical, left, sum(cost for those in outcomes for _, cost in those)))
+    return found
+
+
+def _leaves(draw: int, position: int, fates: dict[int, int], forks: list[Fork]) -> bool:
+    return draw in fates and forks[fates[draw]].position == position
+
+
+def _critical(correct: dict[int, int], length: int, config: RolloutConfig) -> int | None:
+    """The token at which the count first falls to 0, the share staying at or under the threshold from there on."""
+    lost = config.threshold * config.n
+    if correct[length] or correct[0] <= lost:
+        return None
+    for state in range(1, length + 1):
+        if correct[state] == 0 and all(correct[later] <= lost for later in range(state, length)):
+            return state - 1
+    return None
+
+
+def _bisect(judge: _Judge, config: RolloutConfig, rng: random.Random) -> list[_Found]:
+    # Draws are not shared here: which states are looked at depends on earlier outcomes, and draws chosen by their outcome
+    # would no longer be fair ones.
+    lost = config.threshold * config.n
+    found = [
+        _Found({len(completion): config.n * judge.right(row, completion)})
+        for row, (_, completion) in enumerate(judge.rows)
+    ]
+    bounds = {row: (-1, len(judge.rows[row][1])) for row, f in enumerate(found) if not any(f.correct.values())}
+    while bounds:
+        asked = {row: 0 if low < 0 else (low + high) // 2 for row, (low, high) in bounds.items()}
+        forks = [Fork(row, state, token) for row, state in asked.items() for token in judge.next_tokens[row].any[state]]
+        ends = iter(judge.outcomes(forks))
+        for row, state in asked.items():
+            those = [next(ends) for _ in range(config.n)]
+            correct = found[row].correct[state] = sum(right for right, _ in those)
+            found[row].independent += sum(cost for _, cost in those)
+            low, high = bounds[row]
+            bounds[row] = low, high = (low, state) if correct <= lost else (state, high)
+            if state == 0 and correct <= lost:
+                del bounds[row]  # lost from the start: no token is to blame
+            elif high - low <= 1:
+                found[row].critical = low
+                del bounds[row]
+    return found
+
+
+def _without(judge: _Judge, row: int, found: _Found) -> int | None:
+    """Right ones of n continuations that take another token in the critical one's place."""
+    if found.critical is None or not (others := judge.next_tokens[row].others[found.critical]):
+        return None
+    forks = [Fork(row, found.critical, token) for token in others[len(found.left) :]]
+    return sum(found.left) + sum(right for right, _ in judge.outcomes(forks))
+
+
+def rollout_columns(side: str, rollout: Rollout, config: RolloutConfig) -> Record:
+    """The columns `score_rollout` writes for one side of a pair."""
+    values = rollout.values()
+    steps = [after - before for before, after in zip(values, values[1:], strict=False)]
+    if side == "chosen":
+        weights = [max(0.0, step) for step in steps] if config.weight_chosen else [1.0] * rollout.length
+    elif config.rule == "critical":
+        weights = [float(position == rollout.critical) for position in range(rollout.length)]
+    elif config.search == "bisection":
+        weights = [max(0.0, -step) * (position == rollout.critical) for position, step in enumerate(steps)]
+    else:
+        weights = [max(0.0, -step) for step in steps]
+    return {f"{side}_rollout_values": values[1:], f"{side}_weights": weights}
+
+
+def score_rollout(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Record],
+    out_path: str | os.PathLike,
+    config: RolloutConfig | None = None,
+    *,
+    max_length: int | None = None,
+    settings: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The stage `align score rollout`: adds, per side, `rollout_values` (V after each token) and `weights`; per pair,
+    `prompt_value` (V before the first token), `critical` (index of the rejected completion's critical token, or null),
+    `critical_with`, `critical_without` (right continuations of n, with that token and with another in its place).
+
+    Chosen completions are rolled out with `weight_chosen` alone; otherwise their weights are 1.
+
+    Args:
+        model: the policy; where it has an adapter, that is on.
+        pairs: pair records with `answer`.
+        out_path: scored pairs, JSONL or Parquet.
+        config: how to roll out.
+        max_length: pairs whose prompt and longer completion exceed it are left out and counted.
+        settings: what else the numbers depend on (hash of the model), for resuming.
+
+    Returns:
+        Counts: `rows`, `too_long`, `tokens`, `critical` (rejected completions that have a critical token), `lost_from_start`,
+        `without_alternative`, `forward_tokens`, `independent_tokens`, and per k of `ks` `pass@k with`, `pass@k without`.
+
+    Raises:
+        MissingColumnError: a pair has no answer to compare with.
+    """
+    config = config or RolloutConfig()
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair.get("answer"), str) or not pair["answer"]:
+            raise MissingColumnError(
+                f"pairs, {row_name(pair, index)}: no answer; a continuation is right where it ends in the answer. "
+                "`align pair` keeps it"
+            )
+
+    def compute(number: int, part: list[Record]) -> list[Record]:
+        sides = SIDES if config.weight_chosen else SIDES[1:]
+        rows = [(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in part for side in sides]
+        answers = [pair["answer"] for pair in part for _ in sides]
+        found = iter(roll_out(model, tokenizer, rows, answers, config, seed=config.seed * 1_000_003 + number))
+        added = []
+        for pair in part:
+            new: Record = {"_tokens": [0.0, 0]}
+            if not config.weight_chosen:
+                new["chosen_weights"] = [1.0] * len(pair["chosen_ids"])
+            for side in sides:
+                rollout = next(found)
+                new |= rollout_columns(side, rollout, config)
+                new["_tokens"][0] += rollout.forward_tokens
+                new["_tokens"][1] += rollout.independent_tokens
+            critical = rollout.critical
+            new |= {
+                "prompt_value": rollout.values()[0],
+                "critical": critical,
+                "critical_with": None if critical is None else rollout.correct[critical + 1],
+                "critical_without": rollout.without,
+            }
+            added.append(new)
+        return added
+
+    tokens = [0.0, 0]
+
+    def finish(rows: list[Record]) -> None:
+        for row in rows:
+            for i, number in enumerate(row.pop("_tokens")):
+                tokens[i] += number
+
+    return score_stage(
+        pairs, out_path, compute, model=model, max_length=max_length, stage="score rollout",
+        settings=rollout_settings(config, settings), adds=("weights",), finish=finish,
+        per_part=max(1, config.batch_size // config.n),
+        count=lambda rows: _count(rows, config) | {"forward_tokens": round(tokens[0]), "independent_tokens": tokens[1]},
+    )  # fmt: skip
+
+
+def rollout_settings(config: RolloutConfig, settings: dict[str, Any] | None) -> dict[str, Any]:
+    """What the output of `score_rollout` depends on besides pairs and `max_length`."""
+    return {**{k: v for k, v in asdict(config).items() if k != "sampling"}, **(settings or {})}
+
+
+def _count(rows: list[Record], config: RolloutConfig) -> dict[str, Any]:
+    lost = config.threshold
+    found = [row for row in rows if row["critical"] is not None]
+    both = [row for row in found if row["critical_without"] is not None]
+    counts: dict[str, Any] = {
+        "critical": len(found),
+        "lost_from_start": sum(row["prompt_value"] <= lost for row in rows),
+    }
+    if config.ks:
+        counts["without_alternative"] = len(found) - len(both)
+        for k in config.ks if both else ():
+            for name in ("with", "without"):
+                counts[f"pass@{k} {name}"] = fmean(pass_at_k(config.n, row[f"critical_{name}"], k) for row in both)
+    return counts
