@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from .logps import head_on, shares_prefixes
 from .losses import CHUNK
-from .packing import Row
+from .prefix_tree import Row
 from .sample import SampleConfig, cut_at_end, end_token_ids, generate, run_generate
 from .tokens import pad_rows
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .errors import ConfigError
 from .models import active_adapter, folded_adapter
-from .packing import PrefixTree, Row, additive, ancestor_mask, grow_trees
+from .prefix_tree import PrefixTree, Row, additive, ancestor_mask, grow_trees
 from .tokens import pad_rows
 
 if TYPE_CHECKING:

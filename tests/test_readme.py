@@ -98,3 +98,17 @@ def test_every_table_quotes_a_result_that_is_there():
         result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
         assert f"{result['seconds, one at a time over two models']:.1f} s" in README
         assert f"{result['seconds, batched over one base']:.1f} s" in README
+
+
+def test_critical_tokens_are_quoted_as_measured():
+    result = json.loads((ROOT / "benchmarks/results/critical_tokens.json").read_text())
+    tokens, drawn = result["forward tokens per pair"], result["really drawn, n = 8"]
+    for name in ("rollouts, every position", "rollouts, every position, independent", "rollouts, bisection"):
+        assert f"| {tokens[name]:,.0f} |" in README, name
+    assert (
+        f"{tokens['contrastive, scoring']:.0f}, and {tokens['contrastive, its share of training']:,.0f} for" in README
+    )
+    for name in ("the lowest contrastive score", "the first contrastive score under 0.5", "what bisection finds"):
+        assert f"{100 * result[f'critical token is: {name}']:.1f} %" in README, name
+    assert f"took {drawn['independent tokens']:,} tokens and {drawn['independent seconds']:.1f} s" in README
+    assert f"{drawn['shared tokens']:,.0f} and {drawn['shared seconds']:.2f} s" in README

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM, MistralConfig, MistralForCausalLM
 
 from align.logps import shares_prefixes, token_logps
-from align.packing import ancestor_mask, grow_trees
+from align.prefix_tree import ancestor_mask, grow_trees
 
 PROMPT = [5, 6, 7]
 #: Completions that part early, late, never (one goes on where another ends), and of one token; and a repeated row.
