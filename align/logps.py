@@ -129,31 +129,45 @@ def completion_logits(model: PreTrainedModel, batch: Batch, adapter: str | None 
         return model(**batch.inputs, use_cache=False).logits[0]
 
 
+def configured_not_to_share(model: PreTrainedModel, implementations: Sequence[str] = ("sdpa", "eager")) -> str | None:
+    """Why a model cannot compute what rows share once, as far as its configuration tells; `None` where nothing speaks
+    against it: attention over all positions in all layers, that takes a mask of ours.
+
+    Args:
+        implementations: kinds of attention that do.
+    """
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    config = base.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    name = type(base).__name__
+    if kinds is None and getattr(config, "sliding_window", None) is not None:
+        return f"{name} has sliding-window attention (sliding_window = {config.sliding_window})"
+    if kinds is not None and set(kinds) != {"full_attention"}:
+        return f"{name} has layers of kind {', '.join(sorted(set(kinds) - {'full_attention'}))}"
+    for window in WINDOWS:
+        if getattr(config, window, None):
+            return f"{name} has attention that depends on distances ({window})"
+    if any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values()):
+        return "its adapter puts positions before the prompt"
+    if (attention := getattr(config, "_attn_implementation", None)) not in implementations:
+        return f"attention implementation {attention!r} takes no mask of ours; {', '.join(implementations)} do"
+    if "position_ids" not in signature(base.forward).parameters:
+        return f"{name} takes no position_ids"
+    if config.vocab_size <= 7:
+        return "its vocabulary is too small to try it"
+    return None
+
+
 def shares_prefixes(model: PreTrainedModel) -> bool:
     """Whether a model computes the same for a prefix tree as for its sequences one by one.
 
-    Asked of the configuration (attention that takes a mask, over all positions in all layers), and then of the model
-    itself, once, on six tokens: what a forward pass makes of a mask and position ids is nowhere declared.
+    Asked of the configuration, and then of the model itself, once, on six tokens: what a forward pass makes of a mask and
+    position ids is nowhere declared.
     """
-
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     known = getattr(base, "_align_shares_prefixes", None)
-    if known is not None:
-        return known
-    config = base.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    full = getattr(config, "sliding_window", None) is None if kinds is None else set(kinds) == {"full_attention"}
-    known = (
-        full
-        and all(not getattr(config, name, None) for name in WINDOWS)
-        and not any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values())
-        and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
-        and "position_ids" in signature(base.forward).parameters
-        and config.vocab_size > 7
-    )
-    if known:
-        known = _agrees(model, base.dtype)
-    base._align_shares_prefixes = known
+    if known is None:
+        known = base._align_shares_prefixes = configured_not_to_share(model) is None and _agrees(model, base.dtype)
     return known
 
 
@@ -176,17 +190,22 @@ def _agrees(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     return bool((logits[True] - logits[False]).abs().max() <= tolerance * logits[False].std())
 
 
-def _batches(model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, max_tokens: int, share: bool):
+def keep_pages() -> None:
+    """Lets glibc keep the pages of what is freed. Until it has seen a large block freed, it gives memory back to the system
+    at once, and every activation would fault its pages in anew: a fifth of the time of a small model on a CPU."""
     import torch
+
+    block = torch.zeros(8_000_000)
+    del block
+
+
+def _batches(model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, max_tokens: int, share: bool):
 
     # Some models keep a mask of their own, as wide as their longest sequence.
     trees = grow_trees(rows, share, getattr(model.config.get_text_config(), "max_position_embeddings", None))
     device = model.get_input_embeddings().weight.device
     if device.type == "cpu":
-        # Until it has seen a large block freed, glibc gives memory back to the system at once, and every activation
-        # would fault its pages in anew: a fifth of the time of a small model.
-        block = torch.zeros(8_000_000)
-        del block
+        keep_pages()
     for chosen in batches_by_length([len(tree) for tree, _ in trees], max_tokens):
         yield lay_out([trees[i] for i in chosen], rows, pad_token_id, device, model.dtype)
 

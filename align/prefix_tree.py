@@ -94,7 +94,7 @@ def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A bool mask as numbers to add to attention scores; made once here, not in every layer."""
     import torch
 
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def grow_trees(rows: Sequence[Row], share: bool = True, most: int | None = None) -> list[tuple[PrefixTree, list[int]]]:

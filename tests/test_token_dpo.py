@@ -64,10 +64,13 @@ def oracle(model_dir, pairs, weights, aggregation, beta=0.3):
     return loss.item(), {n: p.grad for n, p in twin.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("stored_reference", [False, True])
 @pytest.mark.parametrize("weight_chosen", [False, True])
 @pytest.mark.parametrize("aggregation", ["sequence", "position"])
-def test_cdpo_matches_float64_oracle(tmp_path, model_dir, tokenizer, aggregation, weight_chosen, stored_reference):
+def test_cdpo_matches_float64_oracle(
+    tmp_path, model_dir, tokenizer, aggregation, weight_chosen, stored_reference, share
+):
     policy, reference = separate_reference(model_dir)
     pairs = random_pairs(8, columns=("ce_scores",))
     if stored_reference:
@@ -78,7 +81,8 @@ def test_cdpo_matches_float64_oracle(tmp_path, model_dir, tokenizer, aggregation
                     logps = completion_logps(exact, pair["prompt_ids"], pair[f"{side}_ids"])
                 pair[f"{side}_ref_logps"] = [x.item() for x in logps]
     args = CDPOConfig(
-        **options(tmp_path, weight_chosen=weight_chosen, loss_aggregation=aggregation, check_reference=False)
+        **options(tmp_path, weight_chosen=weight_chosen, loss_aggregation=aggregation, check_reference=False),
+        prefix_sharing=share,
     )
     trainer = CDPOTrainer(
         policy, ref_model=None if stored_reference else reference, args=args, train_dataset=Dataset.from_list(pairs),
@@ -143,15 +147,17 @@ LOSSES = [
 ]
 
 
+@pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda x: "-".join(map(str, x.values())))
-def test_all_one_weights_equal_trl(tmp_path, model_dir, tokenizer, loss, lora):
+def test_all_one_weights_equal_trl(tmp_path, model_dir, tokenizer, loss, lora, share):
     """Three training steps of TRL's DPOTrainer and ours, from text: the same losses, gradient norms and metrics."""
     rows = [
         {"prompt": f"Question: {i} + {i} = ?\nAnswer:", "chosen": f" it is {2 * i}", "rejected": f" {i}" * (i % 5 + 1)}
         for i in range(12)
     ]
-    logs = []
+    # Adam would divide by gradients that are next to nothing, and blow rounding up.
+    logs, sgd = [], {"optim": "sgd", "learning_rate": 0.1}
     for config, cls in ((DPOConfig, DPOTrainer), (TokenDPOConfig, TokenDPOTrainer)):
         data = Dataset.from_list(rows)
         if cls is TokenDPOTrainer:
@@ -164,7 +170,8 @@ def test_all_one_weights_equal_trl(tmp_path, model_dir, tokenizer, loss, lora):
             data = Dataset.from_list(pairs)
         policy, reference = separate_reference(model_dir)
         trainer = cls(
-            policy, ref_model=None if lora else reference, args=config(**options(tmp_path, max_steps=3, **loss)),
+            policy, ref_model=None if lora else reference,
+            args=config(**options(tmp_path, max_steps=3, **sgd, **loss), **({} if cls is DPOTrainer else {"prefix_sharing": share})),
             train_dataset=data, processing_class=tokenizer, peft_config=LoraConfig(**LORA) if lora else None,
         )  # fmt: skip
         trainer.train()
@@ -172,11 +179,15 @@ def test_all_one_weights_equal_trl(tmp_path, model_dir, tokenizer, loss, lora):
     assert len(logs[0]) == 3
     for theirs, ours in zip(*logs, strict=True):
         for key in theirs.keys() - {"epoch", "step"}:
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-6, abs=1e-9), key
+            # Sums in another order: float32 rounds log-ratios of some 60 nats elsewhere.
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5 if share else 1e-6, abs=5e-6 if share else 1e-9), (
+                key
+            )
     assert abs(logs[0][-1]["loss"] - logs[0][0]["loss"]) > 1e-4  # something was trained
 
 
-def test_qlora_equals_trl(tmp_path, model_dir, tokenizer):
+@pytest.mark.parametrize("share", [True, False])
+def test_qlora_equals_trl(tmp_path, model_dir, tokenizer, share):
     """A 4-bit base: the same losses as TRL's trainer on it, weights of 1; and weights change them."""
     pytest.importorskip("bitsandbytes")
     from align.models import load_model
@@ -195,13 +206,14 @@ def test_qlora_equals_trl(tmp_path, model_dir, tokenizer):
         model = load_model(model_dir, dtype="float32", quantization="4bit")
         if cls is DPOTrainer:  # it tokenizes whatever it is given, so its preparation is set aside
             cls = type("IdsDPOTrainer", (DPOTrainer,), {"_prepare_dataset": lambda self, dataset, *_: dataset})
+        sharing = {"prefix_sharing": share} if config is TokenDPOConfig else {}
         trainer = cls(
-            model, args=config(**options(tmp_path, max_steps=2)), train_dataset=Dataset.from_list(rows),
+            model, args=config(**options(tmp_path, max_steps=2), **sharing), train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer, peft_config=LoraConfig(**LORA),
         )  # fmt: skip
         trainer.train()
         runs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert runs[1] == pytest.approx(runs[0], rel=1e-6)
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5 if share else 1e-6)
     assert abs(runs[2][0] - runs[0][0]) > 1e-4
 
 

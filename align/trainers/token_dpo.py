@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +22,7 @@ from ..models import load_tokenizer, vocab_size
 from ..processes import check_group
 from ..tokens import label_values, pad_rows, shift_to_labels, truncate
 from .preference_data import SIDES, has_reference, pad_columns, prepare_preference_dataset
+from .prefix_sharing import PrefixSharing, differs, why_not
 from .reference_cache import ReferenceCache, default_folder, row_key, weights_key
 from .reference_check import check_reference_columns
 
@@ -31,7 +34,7 @@ PREFIX = "token_"
 
 @dataclass
 class TokenDPOConfig(DPOConfig):
-    """[`~trl.DPOConfig`] with two new fields. `use_weighting` and the loss type `aot` are refused: they are no functions
+    """[`~trl.DPOConfig`] with three new fields. `use_weighting` and the loss type `aot` are refused: they are no functions
     of the sequence log-ratios that the weights change.
 
     Args:
@@ -41,6 +44,9 @@ class TokenDPOConfig(DPOConfig):
         cache_reference (`bool`, defaults to `True`):
             Whether reference log-probabilities that `precompute_ref_log_probs` computes are kept on disk (below
             `$ALIGN_CACHE`, by default `~/.cache/align`), and taken from there by any run with the same ids and weights.
+        prefix_sharing (`bool`, defaults to `True`):
+            Whether what both sides of a pair begin with is computed once. Numbers stay the same; where a model cannot do
+            it, a warning says why, and rows are computed one by one.
     """
 
     check_reference: bool = field(
@@ -54,6 +60,8 @@ class TokenDPOConfig(DPOConfig):
             "help": "Keep precomputed reference log-probabilities on disk, for other runs with the same weights."
         },
     )
+
+    prefix_sharing: bool = field(default=True, metadata={"help": "Compute what both sides of a pair begin with once."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,16 +104,20 @@ def _vocab_size(model, args: TokenDPOConfig) -> int:
 
 class _TokenWeightedModel:
     """What TRL's loss calls in place of the model: the same outputs, with log-probabilities whose sum over the tokens
-    exceeds the reference's by Σ_t w_t Δ_t."""
+    exceeds the reference's by Σ_t w_t Δ_t.
 
-    def __init__(self, model, ref_logps: torch.Tensor, weights: torch.Tensor) -> None:
-        self.model = model
+    Args:
+        call: takes what TRL gives the model.
+    """
+
+    def __init__(self, call: Callable[..., Any], ref_logps: torch.Tensor, weights: torch.Tensor) -> None:
+        self.call = call
         self.ref_logps = ref_logps
         self.weights = weights
         self.logps: torch.Tensor | None = None  # (2B, T), unweighted, set by the call
 
     def __call__(self, **kwargs):
-        outputs = self.model(**kwargs)
+        outputs = self.call(**kwargs)
         if kwargs.get("fused_lm_head"):
             # Prompt-learning adapters prepend positions; those of the real tokens are the last ones.
             self.logps = outputs.log_probs[:, -self.weights.size(1) :]
@@ -188,6 +200,7 @@ class TokenDPOTrainer(DPOTrainer):
         )  # fmt: skip
         if self.aux_loss_enabled and getattr(args, "loss_aggregation", None) == "position":
             raise ConfigError("loss_aggregation='position' has no place for a router loss; set router_aux_loss_coef=0")
+        self._sharing, self._ref_sharing  # noqa: B018 (a model that cannot share says so now)
         if stored and args.check_reference and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             check_reference_columns(self)
 
@@ -204,6 +217,35 @@ class TokenDPOTrainer(DPOTrainer):
             w⁺ and w⁻, (B, T) each; values outside the completions do not matter.
         """
         return chosen.get("weights", chosen["mask"]), rejected.get("weights", rejected["mask"])
+
+    @cached_property
+    def _sharing(self) -> PrefixSharing | None:
+        """How the policy is called; made on first use, which is inside of TRL's constructor where it precomputes."""
+        return self._share_prefixes(self.model) if self.args.prefix_sharing else None
+
+    @cached_property
+    def _ref_sharing(self) -> PrefixSharing | None:
+        if self.ref_model is None or self._sharing is None:
+            return self._sharing
+        return self._share_prefixes(self.ref_model)
+
+    def _share_prefixes(self, model) -> PrefixSharing | None:
+        """How `model` is called in the prefix-shared layout; `None`, with a warning, where it cannot be."""
+        model = self.accelerator.unwrap_model(model)
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        reason, sharing = why_not(model, base), None
+        parallel = self.accelerator.parallelism_config
+        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+            reason = "context and sequence parallelism cut rows in pieces"
+        if reason is None:
+            # Ranks whose numbers of passes differ would wait for each other for ever.
+            sharing = PrefixSharing(base, several_passes=self.accelerator.num_processes == 1)
+            if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # parameters may lie in pieces there
+                reason = differs(model, sharing, self.accelerator.autocast())
+        if reason is not None:
+            logger.warning(f"prefix_sharing is off: {reason}")
+            return None
+        return sharing
 
     def required_columns(self, args: TokenDPOConfig) -> tuple[str, ...]:
         """Token-level columns, prefixed, that every data set must have."""
@@ -233,6 +275,7 @@ class TokenDPOTrainer(DPOTrainer):
         if has_reference(dataset):
             return dataset
         keys = self._reference_keys(dataset)
+        self._sharing, self._ref_sharing  # noqa: B018 (tried with the adapter on)
         cache = self._reference_cache()
         missing = [i for i, row in enumerate(keys) if cache is None or any(cache.get(key) is None for key in row)]
         self.accelerator.wait_for_everyone()  # all have read before the main process writes
@@ -294,9 +337,10 @@ class TokenDPOTrainer(DPOTrainer):
         inputs = {key: value for key, value in inputs.items() if not key.startswith(PREFIX)}
         captured = SimpleNamespace(log_probs=None)
         reference = self.ref_model or self.model
+        call = reference if self._ref_sharing is None else partial(self._ref_sharing, reference)
 
         def score(**kwargs):
-            captured.log_probs = shift_to_labels(torch.cat(stored)) if stored else reference(**kwargs).log_probs
+            captured.log_probs = shift_to_labels(torch.cat(stored)) if stored else call(**kwargs).log_probs
             return captured
 
         # TRL's own method, for its way of finding the reference and of summing (`ld_alpha`).
@@ -317,7 +361,8 @@ class TokenDPOTrainer(DPOTrainer):
         ref_logps, ref_sums = self._reference(inputs)
         mask = shift_to_labels(inputs["completion_mask"]).to(ref_logps.dtype)
         weights = self._weights(inputs, mask)
-        seam = _TokenWeightedModel(model, ref_logps, weights)
+        call = model if self._sharing is None else partial(self._sharing, model)
+        seam = _TokenWeightedModel(call, ref_logps, weights)
         trl_inputs = {key: value for key, value in inputs.items() if not key.startswith(PREFIX)}
         trl_inputs["ref_chosen_logps"], trl_inputs["ref_rejected_logps"] = ref_sums.chunk(2)
         precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True

@@ -1,0 +1,137 @@
+"""Log-probabilities of given tokens from hidden states, for the CPU: no logits but of a few rows at a time.
+
+TRL's fused head scores every position on a CPU, prompts and padding included, and computes all logits a second time in the
+backward pass. This one sees the positions that have a label, and where the head is frozen (LoRA), its backward pass is one
+multiplication: the gradient of log p(y) with respect to a hidden state, W_y − Σ_v p_v W_v, is made while p is at hand.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Numbers of a chunk of logits: small enough for glibc to keep its pages, large enough for matrix products.
+CHUNK = 1 << 23
+
+#: What models do to logits behind the head, by the names their configurations give it.
+BEHIND_THE_HEAD = (
+    "final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling",
+)  # fmt: skip
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """Per token of a (U, H) batch of hidden states: log-probability of its target, and entropy, mean logit and whether the
+    target is the likeliest token, these without gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        """(U, H), (V, H), (V,) or None, (U,) -> log-probabilities, entropies, mean logits, float32 (U,), and top-1, bool."""
+        dtype = _compute_dtype(hidden)
+        rows, table = hidden.to(dtype), weight.to(dtype)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        logps, entropy = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
+        normalizers = torch.empty_like(logps)
+        top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+        direction = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if needs_hidden else None
+        size = max(1, CHUNK // len(weight))
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            logits = _logits(rows[part], table, bias)
+            own = logits.gather(1, targets[part, None])[:, 0]
+            largest, likeliest = logits.max(1)
+            top1[part] = likeliest == targets[part]
+            logits -= largest[:, None]
+            exps = logits.exp()
+            sums = exps.sum(1)
+            normalizers[part] = largest + sums.log()
+            logps[part] = own - normalizers[part]
+            entropy[part] = sums.log() - torch.linalg.vecdot(exps, logits) / sums
+            if needs_hidden:
+                mean = (exps.to(dtype) @ table).float() / sums[:, None]
+                direction[part] = table[targets[part]].float() - mean
+        # Σ_v z_v / V is one product with the mean of the head's rows.
+        means = rows.float() @ weight.float().mean(0)
+        if bias is not None:
+            means += bias.float().mean()
+        ctx.needs_table = needs_weight or needs_bias
+        kept = (hidden, weight, bias, normalizers) if ctx.needs_table else (None, None, None, None)
+        ctx.save_for_backward(direction, targets, *kept)
+        ctx.dtypes = hidden.dtype, dtype
+        ctx.mark_non_differentiable(entropy, means, top1)
+        return logps, entropy, means, top1
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        direction, targets, hidden, weight, bias, normalizers = ctx.saved_tensors
+        given, dtype = ctx.dtypes
+        grad_hidden = None if direction is None else (grad[:, None] * direction).to(given)
+        if not ctx.needs_table:
+            return grad_hidden, None, None, None
+        rows, table = hidden.to(dtype), weight.to(dtype)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        grad_bias = None if bias is None else torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
+        size = max(1, CHUNK // len(weight))
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            # dL/dz_v = g (1[v = y] − p_v)
+            slope = _logits(rows[part], table, bias)
+            slope -= normalizers[part, None]
+            slope.exp_().mul_(-grad[part, None])
+            slope.scatter_add_(1, targets[part, None], grad[part, None].float())
+            grad_weight.addmm_(slope.T, rows[part].float())
+            if grad_bias is not None:
+                grad_bias += slope.sum(0)
+        return grad_hidden, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype), None
+
+
+def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _logits(rows: torch.Tensor, table: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """(n, V) float32."""
+    logits = (rows @ table.T).float()
+    return logits if bias is None else logits.add_(bias.float())
+
+
+def knows_head(model: PreTrainedModel) -> bool:
+    """Whether the logits of a causal LM are its head's output as it is, on a CPU and in one piece."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    plain = not any(getattr(config, name, None) for name in BEHIND_THE_HEAD)
+    return plain and type(head) is torch.nn.Linear and type(head.weight) is torch.nn.Parameter and _on_cpu(head)
+
+
+def _on_cpu(head: torch.nn.Linear) -> bool:
+    return head.weight.device.type == "cpu" and head.weight.dtype in (torch.float32, torch.bfloat16)
+
+
+def add_token_head(model: PreTrainedModel) -> None:
+    """Lets `model(..., labelled=positions, targets=tokens)` score these positions alone.
+
+    `labelled` (U,) are flat indices into the batch's positions, `targets` (U,) the tokens that they predict. All other calls
+    are the model's own. To be called on a model that TRL gave its fused head, before PEFT, DDP or FSDP wrap it.
+    """
+    own = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` checks its arguments against it
+    def forward(
+        self, *args: Any, labelled: torch.Tensor | None = None, targets: torch.Tensor | None = None, **kwargs: Any
+    ):
+        if labelled is None:
+            return own(*args, **kwargs)
+        from trl.trainer.utils import FusedCausalLMOutput
+
+        kwargs["use_cache"] = False
+        hidden = self.base_model(*args, **kwargs).last_hidden_state.flatten(0, 1)[labelled]
+        head = self.get_output_embeddings()
+        logps, entropy, means, top1 = TokenLogProbs.apply(hidden, head.weight, head.bias, targets)
+        return FusedCausalLMOutput(log_probs=logps, entropy=entropy, mean_logits=means, is_top1=top1)
+
+    model.forward = types.MethodType(forward, model)

@@ -1,0 +1,236 @@
+"""The prefix-shared layout of preference pairs: what both sides of a pair begin with is there once. Knows tensors alone.
+
+A pair of rows c (chosen) and r (rejected) whose first m tokens are the same becomes
+
+    trunk c[:m-1] | branch c[m-1:-1] | branch r[m-1:-1]
+
+The trunk is the prompt but for its last token, and whatever else the two completions begin with. A branch attends to the
+trunk and to itself, and its positions go on from the trunk's, so every slot sees what it would see in its own row. The token
+before the parting stands in both branches: every slot predicts exactly one token. A row's last token predicts nothing and
+gets no slot. Several pairs lie in one row of slots, and see nothing of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+#: What TRL and transformers call a position without a label.
+IGNORED = -100
+
+
+def shared_tokens(chosen: Sequence[int], rejected: Sequence[int]) -> int:
+    """How many tokens two rows begin with in common; at most all but the last of the shorter one, which predicts nothing."""
+    most = min(len(chosen), len(rejected)) - 1
+    if most <= 0:
+        return 0
+    differs = np.asarray(chosen[:most]) != np.asarray(rejected[:most])
+    return int(differs.argmax()) if differs.any() else most
+
+
+def pair_slots(chosen: Sequence[int], rejected: Sequence[int]) -> int:
+    """Slots that a pair of rows, prompt and completion each, takes."""
+    trunk = max(shared_tokens(chosen, rejected) - 1, 0)
+    return max(len(chosen) + len(rejected) - 2 - trunk, 0)
+
+
+def fill_rows(sizes: Sequence[int], width: int) -> list[list[int]]:
+    """Puts items into rows of `width`, largest first, each where it leaves least room (best fit decreasing).
+
+    Args:
+        sizes: none larger than `width`.
+
+    Returns:
+        Per row, the indices of its items.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        fitting = [(left, row) for row, left in enumerate(room) if left >= sizes[index]]
+        if fitting:
+            _, row = min(fitting)
+            rows[row].append(index)
+            room[row] -= sizes[index]
+        else:
+            rows.append([index])
+            room.append(width - sizes[index])
+    return rows
+
+
+@dataclass
+class PairLayout:
+    """R rows of W slots that hold some pairs of a padded batch of 2B rows of L tokens, chosen rows first.
+
+    Args:
+        input_ids, position_ids: (R, W).
+        pair: (R, W), which pair a slot belongs to; -1 is padding.
+        branch: (R, W), 0 for a trunk, 1 for chosen, 2 for rejected.
+        labelled: (U,) flat indices of the slots that predict a labelled token.
+        targets: (U,) those tokens.
+        places: (N,) flat indices into the batch's shifted labels, (2B, L-1), of its labelled tokens.
+        sources: (N,) which of the U slots predicts each; one of a trunk predicts a token of both sides.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    pair: torch.Tensor
+    branch: torch.Tensor
+    labelled: torch.Tensor
+    targets: torch.Tensor
+    places: torch.Tensor
+    sources: torch.Tensor
+
+    def to(self, device: torch.device) -> PairLayout:
+        """The same on another device."""
+        return PairLayout(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
+
+    def mask(self) -> torch.Tensor:
+        """(R, 1, W, W) bool: whether a slot attends to another. Padding attends to itself, so that no row is empty."""
+        order = torch.arange(self.pair.shape[1], device=self.pair.device)
+        same = self.pair[:, :, None] == self.pair[:, None, :]
+        on_path = (self.branch[:, None, :] == 0) | (self.branch[:, None, :] == self.branch[:, :, None])
+        seen = same & on_path & (order[None, :] <= order[:, None]) & (self.pair >= 0)[:, :, None]
+        return (seen | (order[None, :] == order[:, None])).unsqueeze(1)
+
+    def block_mask(self) -> BlockMask:
+        """The same as `mask`, for FlexAttention."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        pair, branch = self.pair, self.branch
+
+        def sees(row, _head, query, key):
+            same = (pair[row, query] == pair[row, key]) & (pair[row, query] >= 0)
+            on_path = (branch[row, key] == 0) | (branch[row, key] == branch[row, query])
+            return (same & on_path & (key <= query)) | (key == query)
+
+        rows, width = pair.shape
+        return create_block_mask(sees, B=rows, H=None, Q_LEN=width, KV_LEN=width, device=pair.device)
+
+    def label_slots(self) -> torch.Tensor:
+        """(R, W) the token that each slot predicts, -100 where none is labelled: already shifted."""
+        labels = torch.full_like(self.input_ids, IGNORED)
+        labels.view(-1)[self.labelled] = self.targets
+        return labels
+
+
+@dataclass
+class _Pair:
+    """Slots of one pair, and the labels they predict: see `PairLayout`; `slots` and `places` are of equal length."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    branches: np.ndarray
+    slots: np.ndarray
+    targets: np.ndarray
+    places: np.ndarray
+
+
+def _lay_out_pair(ids: np.ndarray, real: np.ndarray, labels: np.ndarray, chosen: int, rejected: int) -> _Pair:
+    width = labels.shape[1] - 1
+    columns = [np.flatnonzero(real[row]) for row in (chosen, rejected)]
+    rows = [ids[row, where] for row, where in zip((chosen, rejected), columns, strict=True)]
+    trunk = max(shared_tokens(*rows) - 1, 0)
+    lengths = [max(len(row) - 1 - trunk, 0) for row in rows]
+    starts = [trunk, trunk + lengths[0]]
+    slots, targets, places = [], [], []
+    for side, row in enumerate((chosen, rejected)):
+        own = rows[side]
+        # Token k + 1 is predicted by slot k of the trunk, or by the branch's slot k - trunk.
+        predicting = np.arange(max(len(own) - 1, 0))
+        at = np.where(predicting < trunk, predicting, starts[side] + predicting - trunk)
+        wanted = labels[row, columns[side][1:]] != IGNORED
+        slots.append(at[wanted])
+        targets.append(own[1:][wanted])
+        places.append(row * width + columns[side][1:][wanted] - 1)
+    return _Pair(
+        ids=np.concatenate([rows[0][:trunk], rows[0][trunk:-1], rows[1][trunk:-1]]),
+        positions=np.concatenate([np.arange(trunk), *(trunk + np.arange(length) for length in lengths)]),
+        branches=np.repeat([0, 1, 2], [trunk, *lengths]),
+        slots=np.concatenate(slots),
+        targets=np.concatenate(targets),
+        places=np.concatenate(places),
+    )
+
+
+def lay_out_pairs(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    pad_token_id: int = 0,
+    multiple: int = 1,
+    most: int | None = None,
+    one_row: bool = False,
+) -> list[PairLayout]:
+    """Lays out the pairs of a padded batch.
+
+    Args:
+        input_ids: (2B, L), chosen rows first, rejected ones after them; padding on either side.
+        attention_mask: (2B, L), 0 at padding.
+        labels: (2B, L), not shifted, -100 where no log-probability is asked for.
+        pad_token_id: id of slots that hold nothing.
+        multiple: the width of the slots' rows is one of these.
+        most: slots, padding included, of a layout; a pair that is larger gets one of its own. One layout by default.
+        one_row: whether a layout is one row, as FlexAttention has it; otherwise a row is as wide as the widest pair, since a
+            dense mask costs the square of the width.
+
+    Returns:
+        Layouts of all pairs, the widest first, on the batch's device.
+    """
+    device = input_ids.device
+    ids, real, wanted = (tensor.cpu().numpy() for tensor in (input_ids, attention_mask != 0, labels))
+    half = len(ids) // 2
+    pairs = [_lay_out_pair(ids, real, wanted, i, half + i) for i in range(half)]
+    sizes = [len(pair.ids) for pair in pairs]
+    width = sum(sizes) if one_row and most is None else max(max(sizes), most or 0) if one_row else max(sizes)
+    rows = fill_rows(sizes, width)
+    if one_row:
+        groups = [[row] for row in rows]
+    else:
+        groups = [[]]
+        for row in sorted(rows, key=lambda row: -sum(sizes[i] for i in row)):
+            used = sum(sizes[i] for i in (groups[-1] or [row])[0])
+            if most is not None and groups[-1] and (len(groups[-1]) + 1) * used > most:
+                groups.append([])
+            groups[-1].append(row)
+    return [
+        _gather(
+            pairs, group, -(-max(sum(sizes[i] for i in row) for row in group) // multiple) * multiple, pad_token_id
+        ).to(device)
+        for group in groups
+    ]
+
+
+def _gather(pairs: list[_Pair], rows: list[list[int]], width: int, pad_token_id: int) -> PairLayout:
+    def filled(value: int, parts: Iterable[tuple[int, int, np.ndarray]]) -> torch.Tensor:
+        slots = np.full((len(rows), width), value, dtype=np.int64)
+        for row, start, numbers in parts:
+            slots[row, start : start + len(numbers)] = numbers
+        return torch.from_numpy(slots)
+
+    placed = [
+        (number, start, index)
+        for number, row in enumerate(rows)
+        for index, start in zip(row, accumulate((len(pairs[i].ids) for i in row), initial=0), strict=False)
+    ]
+    at = np.concatenate([number * width + start + pairs[i].slots for number, start, i in placed])
+    targets = np.concatenate([pairs[i].targets for _, _, i in placed])
+    labelled, first, sources = np.unique(at, return_index=True, return_inverse=True)
+    return PairLayout(
+        input_ids=filled(pad_token_id, ((n, s, pairs[i].ids) for n, s, i in placed)),
+        position_ids=filled(0, ((n, s, pairs[i].positions) for n, s, i in placed)),
+        pair=filled(-1, ((n, s, np.full(len(pairs[i].ids), i)) for n, s, i in placed)),
+        branch=filled(0, ((n, s, pairs[i].branches) for n, s, i in placed)),
+        labelled=torch.from_numpy(labelled),
+        targets=torch.from_numpy(targets[first].astype(np.int64)),
+        places=torch.from_numpy(np.concatenate([pairs[i].places for _, _, i in placed])),
+        sources=torch.from_numpy(sources.astype(np.int64)),
+    )
