@@ -160,6 +160,36 @@ def _lay_out_pair(ids: np.ndarray, real: np.ndarray, labels: np.ndarray, chosen:
     )
 
 
+def layout_slots(sizes: Sequence[int], multiple: int = 1, one_row: bool = False) -> int:
+    """Slots, padding included, of a layout of pairs of these sizes (see `pair_slots`); parameters as in `lay_out_pairs`."""
+    rows = _rows(sizes, one_row)
+    return len(rows) * _width(sizes, rows, multiple)
+
+
+def group_pairs(sizes: Sequence[int], most: int, multiple: int = 1, one_row: bool = False) -> list[list[int]]:
+    """Groups pairs so that the layout of each group has at most `most` slots, padding included.
+
+    Returns:
+        Per group, the indices of its pairs; the largest pairs come first, and one larger than `most` is a group of its own.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        if groups and layout_slots([sizes[i] for i in (*groups[-1], index)], multiple, one_row) <= most:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _rows(sizes: Sequence[int], one_row: bool) -> list[list[int]]:
+    return [list(range(len(sizes)))] if one_row else fill_rows(sizes, max(sizes))
+
+
+def _width(sizes: Sequence[int], rows: list[list[int]], multiple: int) -> int:
+    """Of rows that hold these pairs; at least one slot, for a mask without any is none."""
+    return -(-max(1, *(sum(sizes[i] for i in row) for row in rows)) // multiple) * multiple
+
+
 def lay_out_pairs(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
@@ -183,30 +213,21 @@ def lay_out_pairs(
             dense mask costs the square of the width.
 
     Returns:
-        Layouts of all pairs, the widest first, on the batch's device.
+        Layouts of all pairs, the largest first, on the batch's device.
     """
     device = input_ids.device
     ids, real, wanted = (tensor.cpu().numpy() for tensor in (input_ids, attention_mask != 0, labels))
     half = len(ids) // 2
     pairs = [_lay_out_pair(ids, real, wanted, i, half + i) for i in range(half)]
     sizes = [len(pair.ids) for pair in pairs]
-    width = sum(sizes) if one_row and most is None else max(max(sizes), most or 0) if one_row else max(sizes)
-    rows = fill_rows(sizes, width)
-    if one_row:
-        groups = [[row] for row in rows]
-    else:
-        groups = [[]]
-        for row in sorted(rows, key=lambda row: -sum(sizes[i] for i in row)):
-            used = sum(sizes[i] for i in (groups[-1] or [row])[0])
-            if most is not None and groups[-1] and (len(groups[-1]) + 1) * used > most:
-                groups.append([])
-            groups[-1].append(row)
-    return [
-        _gather(
-            pairs, group, -(-max(sum(sizes[i] for i in row) for row in group) // multiple) * multiple, pad_token_id
-        ).to(device)
-        for group in groups
-    ]
+    groups = [list(range(half))] if most is None else group_pairs(sizes, most, multiple, one_row)
+    layouts = []
+    for group in groups:
+        own = [sizes[i] for i in group]
+        rows = _rows(own, one_row)
+        placed = [[group[i] for i in row] for row in rows]
+        layouts.append(_gather(pairs, placed, _width(own, rows, multiple), pad_token_id).to(device))
+    return layouts
 
 
 def _gather(pairs: list[_Pair], rows: list[list[int]], width: int, pad_token_id: int) -> PairLayout:

@@ -137,7 +137,7 @@ class Sides:
                 self.model, args=TokenDPOConfig(folder, check_reference=False, **options), train_dataset=data,
                 processing_class=tokenizer, peft_config=lora,
             )  # fmt: skip
-            if self.trainer._sharing is None:
+            if not self.trainer._layout.shares:
                 raise RuntimeError("prefix sharing is off; see the warning above")
         else:
             # It tokenizes whatever it is given, so its preparation is set aside; its reference pass, too.

@@ -1,4 +1,5 @@
-"""Runs a trainer's padded batches in the prefix-shared layout of `align.packing`, and hands back what TRL expects."""
+"""Runs a trainer's padded batches, in the prefix-shared layout of `align.packing` where a model can, and hands back what
+TRL expects."""
 
 from __future__ import annotations
 
@@ -6,15 +7,20 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.logging import get_logger
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..lm_head import add_token_head, knows_head
-from ..logps import configured_not_to_share, keep_pages
-from ..packing import IGNORED, PairLayout, lay_out_pairs
+from ..logps import batches_by_length, configured_not_to_share, keep_pages
+from ..packing import IGNORED, PairLayout, group_pairs, lay_out_pairs, pair_slots
 from ..prefix_tree import additive
+from .token_budget import FIELDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from trl import DPOTrainer
+
+logger = get_logger(__name__)
 
 #: Slots of a forward pass on a CPU. Caches are small there, and a mask costs the square of a row's width; more passes cost
 #: nothing.
@@ -26,22 +32,71 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 
 
+class PaddedRows:
+    """Calls of a causal LM as TRL makes them.
+
+    Args:
+        most: tokens, padding included, of a forward pass without gradients. With them, the trainer cuts the batch.
+    """
+
+    shares = False
+
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most
+
+    def groups(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[list[int]]:
+        """Pairs of a batch that a budget of `most` tokens allows together."""
+        lengths = (attention_mask != 0).sum(1).view(2, -1).amax(0).tolist()
+        return batches_by_length([2 * length for length in lengths], self.most)
+
+    def __call__(self, model: Any, **kwargs: Any) -> Any:
+        if self.most is None or torch.is_grad_enabled() or not kwargs.get("fused_lm_head"):
+            return model(**kwargs)
+        tensors = {name: kwargs.pop(name) for name in ("input_ids", "attention_mask", "labels")}
+        count, found = len(tensors["input_ids"]) // 2, {}
+        for group in self.groups(tensors["input_ids"], tensors["attention_mask"]):
+            pairs = torch.tensor(group, device=tensors["input_ids"].device)
+            rows = torch.cat((pairs, pairs + count))
+            longest = int((tensors["attention_mask"][rows] != 0).any(0).nonzero().max()) + 1
+            outputs = model(**{name: value[rows, :longest] for name, value in tensors.items()}, **kwargs)
+            for name in FIELDS:
+                if (part := outputs.get(name)) is not None:
+                    whole = found.setdefault(name, part.new_zeros(2 * count, tensors["labels"].shape[1] - 1))
+                    whole[rows, : longest - 1] = part[:, 1 - longest :]
+        return FusedCausalLMOutput(**found)
+
+
 class PrefixSharing:
     """Calls of a causal LM that TRL gave its fused head, with what the rows of a pair share computed once.
 
     Args:
         base: the causal LM itself, without PEFT; it is patched where its head can be run on labelled positions alone.
-        several_passes: whether a batch may be split into several forward passes; not under DDP, whose gradients are
-            averaged after the first.
+        most: slots, padding included, of a forward pass without gradients. With them, the trainer cuts the batch.
+        several_passes: whether a batch may be split into several forward passes with gradients; not under DDP, whose
+            gradients are averaged after the first.
     """
 
-    def __init__(self, base: PreTrainedModel, several_passes: bool = True) -> None:
+    shares = True
+
+    def __init__(self, base: PreTrainedModel, most: int | None = None, several_passes: bool = True) -> None:
         self.base = base
+        self.most = most
         self.several_passes = several_passes
         self.attention = base.config.get_text_config()._attn_implementation
         self.quantized = getattr(base, "is_quantized", False)
         if knows_head(base):
             add_token_head(base)
+
+    def _shape(self, on_cpu: bool) -> dict[str, Any]:
+        """What layouts look like, see `lay_out_pairs`."""
+        flex = self.attention == "flex_attention"
+        return {"multiple": 128 if flex else 1 if on_cpu else 8, "one_row": flex}
+
+    def groups(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[list[int]]:
+        """Pairs of a batch that a budget of `most` slots allows together."""
+        rows = [row[real] for row, real in zip(input_ids.cpu().numpy(), (attention_mask != 0).cpu().numpy(), strict=True)]
+        sizes = [pair_slots(*pair) for pair in zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True)]
+        return group_pairs(sizes, self.most, **self._shape(input_ids.device.type == "cpu"))
 
     def __call__(self, model: Any, **kwargs: Any) -> FusedCausalLMOutput:
         """What `model(**kwargs)` gives, `kwargs` being those of TRL's DPO trainer: `input_ids`, `attention_mask` and
@@ -50,18 +105,14 @@ class PrefixSharing:
         Args:
             model: `base`, as PEFT, DDP or FSDP wrap it.
         """
+        if not kwargs.get("fused_lm_head"):
+            return model(**kwargs)  # somebody wants logits
         ids, mask, labels = (kwargs.pop(name) for name in ("input_ids", "attention_mask", "labels"))
-        on_cpu, flex = ids.device.type == "cpu", self.attention == "flex_attention"
         own_head = knows_head(self.base)
         if own_head:
             kwargs.pop("fused_lm_head")
-        if on_cpu:
-            keep_pages()
-        layouts = lay_out_pairs(
-            ids, mask, labels, multiple=1 if on_cpu else 128 if flex else 8, one_row=flex,
-            most=CPU_SLOTS if on_cpu and self.several_passes else None,
-        )  # fmt: skip
-        passes = [self._run(model, layout, flex, own_head, kwargs) for layout in layouts]
+        layouts = lay_out_pairs(ids, mask, labels, most=self._most(ids.device.type == "cpu"), **self._shape(ids.device.type == "cpu"))
+        passes = [self._run(model, layout, own_head, kwargs) for layout in layouts]
         places = torch.cat([layout.places for layout in layouts])
         shape = (ids.shape[0], ids.shape[1] - 1)
 
@@ -73,17 +124,25 @@ class PrefixSharing:
             values = torch.cat([part[layout.sources] for part, layout in zip(parts, layouts, strict=True)])
             return values.new_zeros(shape[0] * shape[1]).index_put((places,), values).view(shape)
 
-        names = ("log_probs", "entropy", "mean_logits", "is_top1")
-        return FusedCausalLMOutput(**{name: unpacked(name) for name in names}, label_mask=labels[:, 1:] != IGNORED)
+        return FusedCausalLMOutput(**{name: unpacked(name) for name in FIELDS}, label_mask=labels[:, 1:] != IGNORED)
+
+    def _most(self, on_cpu: bool) -> int | None:
+        """Slots of a pass."""
+        most = None if torch.is_grad_enabled() else self.most
+        if on_cpu:
+            keep_pages()
+            if self.several_passes:
+                return min(CPU_SLOTS, most or CPU_SLOTS)
+        return most
 
     def _run(
-        self, model: Any, layout: PairLayout, flex: bool, own_head: bool, kwargs: dict[str, Any]
+        self, model: Any, layout: PairLayout, own_head: bool, kwargs: dict[str, Any]
     ) -> dict[str, torch.Tensor | None]:
         """The fields of a layout's outputs, (U,) each."""
         device = layout.input_ids.device
         # SDPA takes an additive mask in the dtype that a layer computes in alone, eager attention nothing else.
         exact = self.base.dtype == torch.float32 and not torch.is_autocast_enabled(device.type) and not self.quantized
-        if flex:
+        if self.attention == "flex_attention":
             mask: Any = layout.block_mask()
         elif self.attention == "eager" or (device.type == "cpu" and exact):
             mask = additive(layout.mask(), self.base.dtype)
@@ -92,11 +151,11 @@ class PrefixSharing:
         inputs = {"input_ids": layout.input_ids, "position_ids": layout.position_ids, "attention_mask": mask, **kwargs}
         if own_head:
             outputs = model(**inputs, labelled=layout.labelled, targets=layout.targets)
-            return {name: outputs.get(name) for name in ("log_probs", "entropy", "mean_logits", "is_top1")}
+            return {name: outputs.get(name) for name in FIELDS}
         outputs = model(**inputs, shift_labels=layout.label_slots())
         return {
             name: None if (field := outputs.get(name)) is None else field.flatten()[layout.labelled]
-            for name in ("log_probs", "entropy", "mean_logits", "is_top1")
+            for name in FIELDS
         }
 
 
@@ -147,3 +206,26 @@ def differs(model: PreTrainedModel, sharing: PrefixSharing, autocast: AbstractCo
     if error > (1e-3 if exact else 0.3):
         return f"{type(sharing.base).__name__} gives other log-probabilities in the shared layout (by {error:.2g})"
     return None
+
+
+def layout_of(trainer: DPOTrainer, model: Any) -> PrefixSharing | PaddedRows:
+    """How a trainer calls `model`, its policy or its reference: in the prefix-shared layout, unless its settings, the model
+    or the way it is trained forbid that. One warning says what does."""
+    args, accelerator, most = trainer.args, trainer.accelerator, trainer.args.max_tokens_per_batch
+    if not args.prefix_sharing:
+        return PaddedRows(most)
+    model = accelerator.unwrap_model(model)
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    reason = why_not(model, base)
+    parallel = accelerator.parallelism_config
+    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+        reason = "context and sequence parallelism cut rows in pieces"
+    if reason is None:
+        # Ranks whose numbers of passes differ would wait for each other for ever.
+        sharing = PrefixSharing(base, most, several_passes=accelerator.num_processes == 1)
+        if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):  # parameters may lie in pieces there
+            reason = differs(model, sharing, accelerator.autocast())
+    if reason is None:
+        return sharing
+    logger.warning(f"prefix_sharing is off: {reason}")
+    return PaddedRows(most)

@@ -6,13 +6,11 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from transformers import AutoConfig
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id
 
@@ -21,20 +19,16 @@ from ..losses import weighted_logps
 from ..models import load_tokenizer, vocab_size
 from ..processes import check_group
 from ..tokens import label_values, pad_rows, shift_to_labels, truncate
-from .preference_data import SIDES, has_reference, pad_columns, prepare_preference_dataset
-from .prefix_sharing import PrefixSharing, differs, why_not
-from .reference_cache import ReferenceCache, default_folder, row_key, weights_key
+from .preference_data import SIDES, has_reference, prepare_preference_dataset
+from .prefix_sharing import PaddedRows, PrefixSharing, layout_of
 from .reference_check import check_reference_columns
-
-logger = get_logger(__name__)
-
-#: What the batch calls a token-level column of the data set.
-PREFIX = "token_"
+from .token_budget import FIELDS, TokenBudget
+from .token_reference import PREFIX, TokenReference
 
 
 @dataclass
 class TokenDPOConfig(DPOConfig):
-    """[`~trl.DPOConfig`] with three new fields. `use_weighting` and the loss type `aot` are refused: they are no functions
+    """[`~trl.DPOConfig`] with four new fields. `use_weighting` and the loss type `aot` are refused: they are no functions
     of the sequence log-ratios that the weights change.
 
     Args:
@@ -47,6 +41,11 @@ class TokenDPOConfig(DPOConfig):
         prefix_sharing (`bool`, defaults to `True`):
             Whether what both sides of a pair begin with is computed once. Numbers stay the same; where a model cannot do
             it, a warning says why, and rows are computed one by one.
+        max_tokens_per_batch (`int`, *optional*):
+            Tokens that a forward and backward pass holds at most, padding included. `per_device_train_batch_size` stays
+            the number of pairs of a batch, and the loss a mean over them; a batch is done in as many passes as it takes,
+            and the first batch has the longest pairs, so that memory runs out at once or never. Without gradients
+            (evaluation, reference), passes hold no more either. A longer pair has a pass of its own.
     """
 
     check_reference: bool = field(
@@ -63,6 +62,10 @@ class TokenDPOConfig(DPOConfig):
 
     prefix_sharing: bool = field(default=True, metadata={"help": "Compute what both sides of a pair begin with once."})
 
+    max_tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Tokens of a forward and backward pass; a batch is done in as many as it takes."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.use_weighting:
@@ -73,6 +76,13 @@ class TokenDPOConfig(DPOConfig):
             raise ConfigError(
                 "loss_type 'aot' sorts policy and reference ratios apart; use 'aot_unpaired' or another type"
             )
+        if self.max_tokens_per_batch is not None:
+            if self.max_tokens_per_batch < 1:
+                raise ConfigError(f"max_tokens_per_batch = {self.max_tokens_per_batch} must be at least 1, or None")
+            if "aot_unpaired" in self.loss_type:
+                raise ConfigError(
+                    "loss_type 'aot_unpaired' sorts all pairs of a batch; unset max_tokens_per_batch, which cuts the batch"
+                )
 
 
 @dataclass
@@ -115,17 +125,20 @@ class _TokenWeightedModel:
         self.ref_logps = ref_logps
         self.weights = weights
         self.logps: torch.Tensor | None = None  # (2B, T), unweighted, set by the call
+        self.fields: dict[str, torch.Tensor] = {}  # all per-token fields, (2B, T) each, without gradient, set by the call
 
     def __call__(self, **kwargs):
         outputs = self.call(**kwargs)
         if kwargs.get("fused_lm_head"):
             # Prompt-learning adapters prepend positions; those of the real tokens are the last ones.
-            self.logps = outputs.log_probs[:, -self.weights.size(1) :]
+            width = self.weights.size(1)
+            self.logps = outputs.log_probs[:, -width:]
+            self.fields = {n: outputs[n][:, -width:].detach() for n in FIELDS if outputs.get(n) is not None}
             outputs.log_probs = weighted_logps(self.logps, self.ref_logps, self.weights)
         return outputs
 
 
-class TokenDPOTrainer(DPOTrainer):
+class TokenDPOTrainer(TokenBudget, TokenReference):
     """DPO with a weight for every token: TRL's Σ_t Δ_t becomes Σ_t w_t Δ_t, and nothing else changes.
 
     The seam is `_compute_loss`: TRL's own runs on a model whose per-token log-probabilities carry the weights, so every
@@ -200,7 +213,9 @@ class TokenDPOTrainer(DPOTrainer):
         )  # fmt: skip
         if self.aux_loss_enabled and getattr(args, "loss_aggregation", None) == "position":
             raise ConfigError("loss_aggregation='position' has no place for a router loss; set router_aux_loss_coef=0")
-        self._sharing, self._ref_sharing  # noqa: B018 (a model that cannot share says so now)
+        if args.max_tokens_per_batch is not None:
+            self._check_token_budget()
+        self._layout, self._ref_layout  # noqa: B018 (a model that cannot share says so now)
         if stored and args.check_reference and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             check_reference_columns(self)
 
@@ -219,33 +234,15 @@ class TokenDPOTrainer(DPOTrainer):
         return chosen.get("weights", chosen["mask"]), rejected.get("weights", rejected["mask"])
 
     @cached_property
-    def _sharing(self) -> PrefixSharing | None:
+    def _layout(self) -> PrefixSharing | PaddedRows:
         """How the policy is called; made on first use, which is inside of TRL's constructor where it precomputes."""
-        return self._share_prefixes(self.model) if self.args.prefix_sharing else None
+        return layout_of(self, self.model)
 
     @cached_property
-    def _ref_sharing(self) -> PrefixSharing | None:
-        if self.ref_model is None or self._sharing is None:
-            return self._sharing
-        return self._share_prefixes(self.ref_model)
-
-    def _share_prefixes(self, model) -> PrefixSharing | None:
-        """How `model` is called in the prefix-shared layout; `None`, with a warning, where it cannot be."""
-        model = self.accelerator.unwrap_model(model)
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
-        reason, sharing = why_not(model, base), None
-        parallel = self.accelerator.parallelism_config
-        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
-            reason = "context and sequence parallelism cut rows in pieces"
-        if reason is None:
-            # Ranks whose numbers of passes differ would wait for each other for ever.
-            sharing = PrefixSharing(base, several_passes=self.accelerator.num_processes == 1)
-            if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # parameters may lie in pieces there
-                reason = differs(model, sharing, self.accelerator.autocast())
-        if reason is not None:
-            logger.warning(f"prefix_sharing is off: {reason}")
-            return None
-        return sharing
+    def _ref_layout(self) -> PrefixSharing | PaddedRows:
+        if self.ref_model is None or not self._layout.shares:
+            return self._layout
+        return layout_of(self, self.ref_model)
 
     def required_columns(self, args: TokenDPOConfig) -> tuple[str, ...]:
         """Token-level columns, prefixed, that every data set must have."""
@@ -270,83 +267,6 @@ class TokenDPOTrainer(DPOTrainer):
             columns = (*self.token_columns, "ref_logps")
             self._signature_columns += [f"{side}_{column}" for side in SIDES for column in columns]
 
-    def _precompute_ref_logps(self, dataset, name, batch_size):
-        # TRL's stores one sum per side; ours stores the tokens' numbers, so that weights can be applied to them.
-        if has_reference(dataset):
-            return dataset
-        keys = self._reference_keys(dataset)
-        self._sharing, self._ref_sharing  # noqa: B018 (tried with the adapter on)
-        cache = self._reference_cache()
-        missing = [i for i, row in enumerate(keys) if cache is None or any(cache.get(key) is None for key in row)]
-        self.accelerator.wait_for_everyone()  # all have read before the main process writes
-        logger.info(
-            f"{name} data set: reference of {len(missing)} rows to compute, of {len(keys) - len(missing)} known"
-        )
-        computed = self._compute_ref_logps(dataset.select(missing), batch_size) if missing else {s: [] for s in SIDES}
-        found = {keys[i][n]: computed[side][j] for j, i in enumerate(missing) for n, side in enumerate(SIDES)}
-        if cache is not None and self.accelerator.is_main_process:
-            cache.add(found.items())
-        rows = {
-            side: [found[row[n]] if row[n] in found else cache.get(row[n]) for row in keys]
-            for n, side in enumerate(SIDES)
-        }
-        return pad_columns(dataset, rows, "ref_logps", self.args.truncation_mode)
-
-    def _reference_keys(self, dataset) -> list[tuple[bytes, bytes]]:
-        """Per row, the cache's keys of its chosen and rejected side, truncated as the collator does."""
-        keys = []
-        for row in dataset.select_columns(["prompt_ids", *(f"{side}_ids" for side in SIDES)]):
-            sides = []
-            for side in SIDES:
-                ids = truncate(
-                    [*row["prompt_ids"], *row[f"{side}_ids"]], self.args.max_length, self.args.truncation_mode
-                )
-                mask = [0] * len(row["prompt_ids"]) + [1] * len(row[f"{side}_ids"])
-                sides.append(row_key(ids, sum(truncate(mask, self.args.max_length, self.args.truncation_mode))))
-            keys.append(tuple(sides))
-        return keys
-
-    def _reference_cache(self) -> ReferenceCache | None:
-        """Of this reference's weights; `None` where each process has only a part of them."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not self.args.cache_reference:
-            return None
-        reference = self.ref_model or self.model
-        off = [name for name in getattr(reference, "peft_config", {}) if name != "ref"]
-        key = weights_key(self.accelerator.unwrap_model(reference), off, self.accelerator.mixed_precision)
-        return ReferenceCache(default_folder(), key)
-
-    def _compute_ref_logps(self, dataset, batch_size: int) -> dict[str, list[list[float]]]:
-        """Per side and row of the data set, the reference log-probabilities of the completion tokens that are kept."""
-        loader = self.accelerator.prepare(
-            torch.utils.data.DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, shuffle=False)
-        )
-        rows: dict[str, list[list[float]]] = {"chosen": [], "rejected": []}
-        for batch in loader:
-            logps, _ = self._reference(batch)
-            # A row's completion lies wherever the truncation left it, so the mask travels with the numbers.
-            stacked = torch.stack((logps, shift_to_labels(batch["completion_mask"]).to(logps.dtype)), dim=-1)
-            for side, part in zip(SIDES, stacked.chunk(2), strict=True):
-                part = self.accelerator.pad_across_processes(part, dim=1)
-                for row in self.accelerator.gather_for_metrics(part).cpu():
-                    rows[side].append(row[row[:, 1] > 0, 0].tolist())
-        return rows
-
-    def _reference(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reference log-probabilities of a batch: per token (2B, T), and TRL's sums (2B,)."""
-        stored = [inputs[f"{PREFIX}{side}_ref_logps"] for side in SIDES if f"{PREFIX}{side}_ref_logps" in inputs]
-        inputs = {key: value for key, value in inputs.items() if not key.startswith(PREFIX)}
-        captured = SimpleNamespace(log_probs=None)
-        reference = self.ref_model or self.model
-        call = reference if self._ref_sharing is None else partial(self._ref_sharing, reference)
-
-        def score(**kwargs):
-            captured.log_probs = shift_to_labels(torch.cat(stored)) if stored else call(**kwargs).log_probs
-            return captured
-
-        # TRL's own method, for its way of finding the reference and of summing (`ld_alpha`).
-        sums = torch.cat(self.compute_ref_log_probs(score, inputs))
-        return captured.log_probs[:, -shift_to_labels(inputs["input_ids"]).size(1) :].detach(), sums
-
     def _weights(self, inputs: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
         """(2B, T) weights of a batch, by the method's rule."""
         sides = [{"mask": part} for part in mask.chunk(2)]
@@ -357,11 +277,19 @@ class TokenDPOTrainer(DPOTrainer):
         return torch.cat(self.token_weights(*sides))
 
     def _compute_loss(self, model, inputs, return_outputs):
+        return self._loss(partial(self._layout, model), inputs, return_outputs)
+
+    def _loss(self, call: Callable[..., Any], inputs: dict[str, Any], return_outputs: bool):
+        """TRL's loss, weighted.
+
+        Args:
+            call: takes what TRL gives the model.
+            inputs: a batch.
+        """
         mode = "train" if self.model.training else "eval"
         ref_logps, ref_sums = self._reference(inputs)
         mask = shift_to_labels(inputs["completion_mask"]).to(ref_logps.dtype)
         weights = self._weights(inputs, mask)
-        call = model if self._sharing is None else partial(self._sharing, model)
         seam = _TokenWeightedModel(call, ref_logps, weights)
         trl_inputs = {key: value for key, value in inputs.items() if not key.startswith(PREFIX)}
         trl_inputs["ref_chosen_logps"], trl_inputs["ref_rejected_logps"] = ref_sums.chunk(2)
@@ -373,6 +301,10 @@ class TokenDPOTrainer(DPOTrainer):
         loss, *outputs = result if return_outputs else (result,)
         logratios = (seam.logps - ref_logps) * mask
         loss = self._finish_loss(loss, logratios, weights, mask)
+        if "sft" in self.loss_types and self._part is not None:
+            loss = loss + self._sft_by_tokens(seam.logps, mask)
+        if self._part is not None:
+            self._part.outputs = seam.fields
         self._log_token_metrics(mode, seam.logps, logratios, weights, mask)
         return (loss, *outputs) if return_outputs else loss
 

@@ -1,0 +1,107 @@
+"""The reference's log-probabilities, token by token: of a batch, or of whole data sets beforehand."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from trl import DPOTrainer
+
+from ..tokens import shift_to_labels, truncate
+from .preference_data import SIDES, has_reference, pad_columns
+from .reference_cache import ReferenceCache, default_folder, row_key, weights_key
+
+logger = get_logger(__name__)
+
+#: What the batch calls a token-level column of the data set.
+PREFIX = "token_"
+
+
+class TokenReference(DPOTrainer):
+    """The half of `TokenDPOTrainer` that knows the reference per token: from columns, from the cache, or by running it."""
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        # TRL's stores one sum per side; ours stores the tokens' numbers, so that weights can be applied to them.
+        if has_reference(dataset):
+            return dataset
+        keys = self._reference_keys(dataset)
+        self._layout, self._ref_layout  # noqa: B018 (tried with the adapter on)
+        cache = self._reference_cache()
+        missing = [i for i, row in enumerate(keys) if cache is None or any(cache.get(key) is None for key in row)]
+        self.accelerator.wait_for_everyone()  # all have read before the main process writes
+        logger.info(
+            f"{name} data set: reference of {len(missing)} rows to compute, of {len(keys) - len(missing)} known"
+        )
+        computed = self._compute_ref_logps(dataset.select(missing), batch_size) if missing else {s: [] for s in SIDES}
+        found = {keys[i][n]: computed[side][j] for j, i in enumerate(missing) for n, side in enumerate(SIDES)}
+        if cache is not None and self.accelerator.is_main_process:
+            cache.add(found.items())
+        rows = {
+            side: [found[row[n]] if row[n] in found else cache.get(row[n]) for row in keys]
+            for n, side in enumerate(SIDES)
+        }
+        return pad_columns(dataset, rows, "ref_logps", self.args.truncation_mode)
+
+    def _reference_keys(self, dataset) -> list[tuple[bytes, bytes]]:
+        """Per row, the cache's keys of its chosen and rejected side, truncated as the collator does."""
+        keys = []
+        for row in dataset.select_columns(["prompt_ids", *(f"{side}_ids" for side in SIDES)]):
+            sides = []
+            for side in SIDES:
+                ids = truncate(
+                    [*row["prompt_ids"], *row[f"{side}_ids"]], self.args.max_length, self.args.truncation_mode
+                )
+                mask = [0] * len(row["prompt_ids"]) + [1] * len(row[f"{side}_ids"])
+                sides.append(row_key(ids, sum(truncate(mask, self.args.max_length, self.args.truncation_mode))))
+            keys.append(tuple(sides))
+        return keys
+
+    def _reference_cache(self) -> ReferenceCache | None:
+        """Of this reference's weights; `None` where each process has only a part of them."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not self.args.cache_reference:
+            return None
+        reference = self.ref_model or self.model
+        off = [name for name in getattr(reference, "peft_config", {}) if name != "ref"]
+        key = weights_key(self.accelerator.unwrap_model(reference), off, self.accelerator.mixed_precision)
+        return ReferenceCache(default_folder(), key)
+
+    def _compute_ref_logps(self, dataset, batch_size: int) -> dict[str, list[list[float]]]:
+        """Per side and row of the data set, the reference log-probabilities of the completion tokens that are kept."""
+        loader = self.accelerator.prepare(
+            torch.utils.data.DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, shuffle=False)
+        )
+        rows: dict[str, list[list[float]]] = {"chosen": [], "rejected": []}
+        for batch in loader:
+            logps, _ = self._reference(batch)
+            # A row's completion lies wherever the truncation left it, so the mask travels with the numbers.
+            stacked = torch.stack((logps, shift_to_labels(batch["completion_mask"]).to(logps.dtype)), dim=-1)
+            for side, part in zip(SIDES, stacked.chunk(2), strict=True):
+                part = self.accelerator.pad_across_processes(part, dim=1)
+                for row in self.accelerator.gather_for_metrics(part).cpu():
+                    rows[side].append(row[row[:, 1] > 0, 0].tolist())
+        return rows
+
+    def _reference(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reference log-probabilities of a batch: per token (2B, T), and TRL's sums (2B,)."""
+        stored = [inputs[f"{PREFIX}{side}_ref_logps"] for side in SIDES if f"{PREFIX}{side}_ref_logps" in inputs]
+        inputs = {key: value for key, value in inputs.items() if not key.startswith(PREFIX)}
+        captured = SimpleNamespace(log_probs=None)
+        reference = self.ref_model or self.model
+
+        def score(**kwargs):
+            captured.log_probs = shift_to_labels(torch.cat(stored)) if stored else self._ref_layout(reference, **kwargs).log_probs
+            return captured
+
+        # TRL's own method, for its way of finding the reference and of summing (`ld_alpha`).
+        sums = torch.cat(self.compute_ref_log_probs(score, inputs))
+        return captured.log_probs[:, -shift_to_labels(inputs["input_ids"]).size(1) :].detach(), sums
+
+    def _with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch with the reference's numbers among its token-level columns."""
+        if f"{PREFIX}chosen_ref_logps" in inputs:
+            return inputs
+        logps, _ = self._reference(inputs)
+        columns = torch.nn.functional.pad(logps, (1, 0)).chunk(2)  # nothing predicts the first token
+        return inputs | {f"{PREFIX}{side}_ref_logps": part for side, part in zip(SIDES, columns, strict=True)}

@@ -1,0 +1,184 @@
+"""Token DPO in the prefix-shared layout: the numbers of padded rows, for every kind of attention and training; and models that
+cannot do it are named."""
+
+import copy
+
+import pytest
+import torch
+from conftest import random_pairs, tiny_llama
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, TaskType
+from test_token_dpo import LORA, assert_close, batch_loss, options
+from transformers import (
+    AutoModelForCausalLM, Gemma2Config, GPT2Config, GPTNeoXConfig, MistralConfig, MixtralConfig, Qwen3Config,
+)  # fmt: skip
+
+from align import TokenDPOConfig, TokenDPOTrainer
+
+SIZES = {
+    "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "eos_token_id": 0, "pad_token_id": 0, "bos_token_id": None,
+    "initializer_range": 0.2,
+}  # fmt: skip
+OTHERS = {
+    "qwen3, tied": Qwen3Config(**SIZES, tie_word_embeddings=True),
+    "mistral, full attention": MistralConfig(**SIZES, sliding_window=None),
+    "gpt2": GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, eos_token_id=0, bos_token_id=0, initializer_range=0.2, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
+    "gpt-neox": GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
+}  # fmt: skip
+UNABLE = {
+    "sliding_window": MistralConfig(**SIZES, sliding_window=4),
+    "attn_logit_softcapping|sliding": Gemma2Config(**SIZES),
+    "experts": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+}
+
+
+def make_trainer(tmp_path, tokenizer, model, pairs=None, lora=None, **kwargs):
+    """A trainer whose policy is not its reference."""
+    reference = None if lora else copy.deepcopy(model)
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    return TokenDPOTrainer(
+        model, ref_model=reference, args=TokenDPOConfig(**options(tmp_path, **kwargs)), train_dataset=Dataset.from_list(pairs or random_pairs(8)),
+        processing_class=tokenizer, peft_config=lora,
+    )  # fmt: skip
+
+
+def both(tmp_path, tokenizer, make, pairs, lora=None, **kwargs):
+    """Loss and gradients with what pairs share computed once, and in padded rows."""
+    found = []
+    for share in (True, False):
+        torch.manual_seed(0)
+        trainer = make_trainer(tmp_path, tokenizer, make(), pairs, lora, prefix_sharing=share, **kwargs)
+        assert trainer._layout.shares == share
+        found.append(batch_loss(trainer, pairs))
+    return found
+
+
+def mixed_pairs():
+    """Random pairs, and some whose completions begin alike."""
+    pairs = random_pairs(8, columns=("weights",))
+    for pair in pairs[::3]:
+        pair["rejected_ids"] = (pair["chosen_ids"] + pair["rejected_ids"])[: len(pair["rejected_ids"])]
+    pairs[0]["rejected_ids"], pairs[0]["rejected_weights"] = pairs[0]["chosen_ids"], pairs[0]["chosen_weights"]
+    return pairs
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_loss_and_gradient_are_those_of_padded_rows(tmp_path, tokenizer, attention, lora):
+    config = LoraConfig(**LORA) if lora else None
+    (loss, grads), (expected_loss, expected) = both(
+        tmp_path, tokenizer, lambda: tiny_llama(attn_implementation=attention), mixed_pairs(), config
+    )
+    assert_close(loss, grads, expected_loss, expected, 1e-5)
+
+
+def test_flex_attention_evaluates_the_same(tmp_path, tokenizer):
+    """Its backward pass needs a GPU."""
+    losses = []
+    for share in (True, False):
+        model = tiny_llama(attn_implementation="flex_attention" if share else "sdpa")
+        trainer = make_trainer(tmp_path, tokenizer, model, mixed_pairs(), prefix_sharing=share)
+        assert trainer._layout.shares == share
+        batch = trainer._prepare_inputs(trainer.data_collator(mixed_pairs()))
+        with torch.no_grad():
+            losses.append(trainer.compute_loss(trainer.model.eval(), batch).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models(tmp_path, tokenizer, name):
+    def make():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(OTHERS[name])
+
+    (loss, grads), (expected_loss, expected) = both(tmp_path, tokenizer, make, mixed_pairs())
+    assert_close(loss, grads, expected_loss, expected, 1e-5)
+
+
+def test_gradient_checkpointing_and_autocast(tmp_path, tokenizer):
+    (loss, grads), (expected_loss, expected) = both(
+        tmp_path, tokenizer, tiny_llama, mixed_pairs(), gradient_checkpointing=True
+    )
+    assert_close(loss, grads, expected_loss, expected, 1e-5)
+    (loss, grads), (expected_loss, expected) = both(tmp_path, tokenizer, tiny_llama, mixed_pairs(), bf16=True)
+    assert loss == pytest.approx(expected_loss, rel=0.05)  # bfloat16 keeps eight bits
+    for name, grad in expected.items():
+        assert torch.nn.functional.cosine_similarity(grads[name].flatten(), grad.flatten(), dim=0) > 0.99, name
+
+
+@pytest.mark.parametrize("reason", UNABLE)
+def test_models_that_cannot_are_named_and_train_in_rows(tmp_path, tokenizer, caplog, reason):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(UNABLE[reason])
+    with caplog.at_level("WARNING"):
+        trainer = make_trainer(tmp_path, tokenizer, model, max_steps=1)
+    assert not trainer._layout.shares
+    [message] = [r.getMessage() for r in caplog.records if "prefix_sharing is off" in r.getMessage()]  # one line
+    assert any(part in message for part in reason.split("|")) and type(model).__name__ in message
+    trainer.train()
+
+
+def test_prompt_tuning_is_named(tmp_path, tokenizer, caplog):
+    config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
+    with caplog.at_level("WARNING"):
+        trainer = make_trainer(tmp_path, tokenizer, tiny_llama(), lora=config)
+    assert not trainer._layout.shares
+    assert "puts positions before the prompt" in caplog.text
+
+
+def test_a_model_that_makes_something_else_of_our_mask_is_found_out(tmp_path, tokenizer, caplog):
+    """Nothing in its configuration tells; two short pairs do."""
+
+    class Forgetful(type(tiny_llama())):
+        def forward(self, *args, position_ids=None, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model = tiny_llama()
+    model.__class__ = Forgetful
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"position_ids": None}), with_kwargs=True
+    )
+    with caplog.at_level("WARNING"):
+        trainer = make_trainer(tmp_path, tokenizer, model)
+    assert not trainer._layout.shares
+    assert "gives other log-probabilities in the shared layout" in caplog.text
+
+
+def test_evaluation_with_logits(tmp_path, tokenizer):
+    """`compute_metrics` makes TRL ask for logits, which are those of padded rows."""
+    shapes = []
+    trainer = TokenDPOTrainer(
+        tiny_llama(), ref_model=tiny_llama(), args=TokenDPOConfig(**options(tmp_path)), train_dataset=Dataset.from_list(random_pairs(8)),
+        eval_dataset=Dataset.from_list(random_pairs(4, seed=1)), processing_class=tokenizer,
+        compute_metrics=lambda found: shapes.append(found.predictions.shape) or {},
+    )  # fmt: skip
+    assert trainer._layout.shares
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert shapes[0][0] == 4 and shapes[0][-1] == 400
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_changing_a_pair_leaves_all_others_as_they_were(tmp_path, tokenizer, share):
+    """Through all of the trainer: log-probabilities to the last bit."""
+    pairs = random_pairs(6, seed=2)
+    trainer = make_trainer(tmp_path, tokenizer, tiny_llama(), pairs, prefix_sharing=share)
+
+    def logps(rows):
+        batch = trainer._prepare_inputs(trainer.data_collator(rows))
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        kwargs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        with torch.no_grad():
+            return trainer._layout(trainer.model, **kwargs, labels=labels, fused_lm_head=True).log_probs
+
+    before = logps(pairs)
+    for index, pair in enumerate(pairs):
+        others = [row for row in range(12) if row % 6 != index]
+        for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            changed = [dict(row) for row in pairs]
+            changed[index][column] = [395] * len(pair[column])
+            after = logps(changed)
+            assert torch.equal(after[others], before[others])
+            assert not torch.equal(after, before)
