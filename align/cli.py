@@ -173,6 +173,8 @@ def evaluate(
     if export is not None:
         if out is None or name is None:
             raise ConfigError("--export needs --out, the file to write, and --name, the model's name")
+        if k or as_json:
+            raise ConfigError("--k and --json belong to the table of verdicts; an export has none")
         print_counts(export_completions(read_records(completions, "sample"), out, export, name))
         return
     if out is not None or name is not None:

@@ -44,6 +44,9 @@ METHODS = {
     "rollout": Method("DPO with weights from rollouts", "token_dpo", "rollout"),
 }
 
+#: Settings of sampling that rollouts take over.
+DRAWN = ("temperature", "top_p", "top_k", "max_new_tokens", "stop")
+
 #: What a training takes.
 TRAINING = {"args", "lora"}
 
@@ -64,7 +67,7 @@ class ChainConfig:
             out, `methods.dpo` is the guide.
         score: `beta`, `max_length`, `max_tokens_per_batch`.
         entropy: `top`, the share of tokens that keep their weight.
-        rollout: fields of `RolloutConfig`.
+        rollout: fields of `RolloutConfig`; temperature, top-p, top-k, length and stops are those of `sample` by default.
         methods: per method of the table, `args` and `lora`; `null` leaves a method out.
         evaluate: fields of `SampleConfig` for the test problems, `ks` for pass@k and maj@k, `export` for a judge's format.
         inspect: `limit` of pairs on the page; `first_error: true` where each problem has one solution text.
@@ -169,7 +172,9 @@ class Settings:
         self._check_sources(config)
         self.sampling = section(SampleConfig, config.sample, "sample")
         self.pairing = section(PairConfig, config.pair, "pair")
-        self.rollout = section(RolloutConfig, config.rollout, "rollout")
+        # Rollouts ask what the policy does from a position on, so they are drawn as the solutions were.
+        drawn = {name: config.sample[name] for name in DRAWN if name in config.sample}
+        self.rollout = section(RolloutConfig, {**drawn, **config.rollout}, "rollout")
         check_keys("evaluate", config.evaluate, {f.name for f in fields(SampleConfig)} | {"ks", "export"})
         self.ks, self.export = config.evaluate.get("ks", []), config.evaluate.get("export")
         own = {k: v for k, v in config.evaluate.items() if k not in ("ks", "export")}
@@ -206,11 +211,15 @@ class Settings:
         if not config.test and not config.test_pairs:
             raise ConfigError("give a section 'test' (problems) or 'test_pairs', to evaluate on")
         check_keys("score", config.score, {"beta", "max_length", "max_tokens_per_batch"})
-        if config.score.get("beta", 1.0) < 0:
-            raise ConfigError(f"section 'score': beta = {config.score['beta']} must not be negative")
+        if not _is_number(beta := config.score.get("beta", 1.0)) or beta < 0:
+            raise ConfigError(f"section 'score': beta = {beta!r} must be a number of at least 0")
+        for name in ("max_length", "max_tokens_per_batch"):
+            value = config.score.get(name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"section 'score': {name} = {value!r} must be a whole number of at least 1")
         check_keys("entropy", config.entropy, {"top"})
-        if not 0 < config.entropy.get("top", 0.2) <= 1:
-            raise ConfigError(f"section 'entropy': top = {config.entropy['top']} must lie in (0, 1]")
+        if not _is_number(top := config.entropy.get("top", 0.2)) or not 0 < top <= 1:
+            raise ConfigError(f"section 'entropy': top = {top!r} must be a number in (0, 1]")
         check_keys("inspect", config.inspect, {"limit", "first_error"})
         if config.inspect.get("first_error") and config.pairs:
             raise ConfigError("section 'inspect': first_error needs problems with solutions; 'pairs' has none")
@@ -220,11 +229,9 @@ class Settings:
 
         check_keys("contrastive", config.contrastive, TRAINING)
         check_training("sft", out, **config.contrastive)
-        check_keys("guide", config.guide, TRAINING | {"path"})
-        if "path" in config.guide and len(config.guide) > 1:
-            raise ConfigError("section 'guide': path names a trained policy, args and lora train one; give one of them")
-        if "path" not in config.guide:
-            check_training("dpo", out, **config.guide)
+        if "cdpo" in config.methods:
+            check_trainable(config.model, config.contrastive.get("lora"))
+        self._check_guide(config, out)
         for name, settings in config.methods.items():
             check_keys(f"methods.{name}", settings, TRAINING)
             method = METHODS[name]
@@ -236,3 +243,25 @@ class Settings:
                 )
             if method.scores == "guidance" and not config.guide and "dpo" not in config.methods:
                 raise ConfigError(f"methods.{name} needs a guide: a section 'guide' with path or args, or methods.dpo")
+
+    def _check_guide(self, config: ChainConfig, out: Path) -> None:
+        from .scoring.guidance import check_guide
+        from .trainers.training import check_trainable, check_training
+
+        check_keys("guide", config.guide, TRAINING | {"path"})
+        if config.guide and "tgdpo" not in config.methods:
+            raise ConfigError("section 'guide': only TGDPO has a guide; add methods.tgdpo, or leave the section out")
+        if "path" not in config.guide:
+            check_training("dpo", out, **config.guide)
+            if config.guide:
+                check_trainable(config.model, config.guide.get("lora"))
+            return
+        if len(config.guide) > 1:
+            raise ConfigError("section 'guide': path names a trained policy, args and lora train one; give one of them")
+        if not isinstance(config.guide["path"], str):
+            raise ConfigError(f"section 'guide': path = {config.guide['path']!r} must be a folder or a hub name")
+        check_guide(config.model, config.guide["path"])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

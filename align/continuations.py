@@ -2,19 +2,22 @@
 
 A *fork* leaves a completion y before its token t: another token stands there, and the model goes on from it. Whether a
 draw of the model forks at t, and to which token, follows from the probabilities of one forward pass over y; only what
-comes after the fork is generated, from the keys and values that this pass left.
+comes after the fork is generated, from the keys and values that this pass left. A fork ends where a completion sampled with
+the same settings would: at an end token, at a stop text (which may begin before the fork), or at the longest length.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import TYPE_CHECKING
 
 from .logps import head_on, shares_prefixes
 from .losses import CHUNK
 from .prefix_tree import Row
-from .sample import SampleConfig, cut_at_end, end_token_ids, generate, run_generate
+from .sample import SampleConfig, derived_seed, find_end, generate_ids, run_generate
 from .tokens import pad_rows
 
 if TYPE_CHECKING:
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 
 #: Below this, what the sampling distribution leaves to other tokens is rounding.
 NO_ALTERNATIVE = 1e-7
+
+#: Batches of continuations are numbered from 1; no batch has this number.
+FRESH = 2**62
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,13 @@ class Continuations:
         model: causal LM; where it has an adapter, that is on.
         tokenizer: its tokenizer.
         rows: R rows of prompt and completion ids.
-        config: how to sample; `max_new_tokens` is the longest completion, what precedes the fork included, and
-            `batch_size` the most continuations generated together. `n` draws of each kind are made at every position.
+        config: how to sample; `max_new_tokens` is the longest completion, what precedes the fork included (no completion of
+            `rows` is longer), and `batch_size` the most continuations generated together. `n` draws of each kind are made
+            at every position.
+        seed: decides the draws.
         share: whether keys and values of what precedes a fork are computed once; by default where the model's attention
             allows it (full attention, no adapter that prepends positions).
+        fresh: whether a second set of draws is made, independent of the first, which it leaves as it is.
     """
 
     def __init__(
@@ -70,17 +79,18 @@ class Continuations:
         config: SampleConfig,
         seed: int,
         share: bool | None = None,
+        fresh: bool = False,
     ) -> None:
         import torch
 
         self.model, self.tokenizer, self.rows, self.config, self.seed = model, tokenizer, list(rows), config, seed
         self.share = shares_prefixes(model) if share is None else share
-        self.ends = set(end_token_ids(model, tokenizer.eos_token_id))
-        #: Tokens that the model was fed: rows as given, and continuations.
+        #: Continuations of each row that the longest length cut.
+        self.cut = [0] * len(self.rows)
+        #: Tokens that the model was fed: rows as given, and continuations; padding is not counted.
         self.forward_tokens = sum(len(prompt) + len(completion) for prompt, completion in self.rows)
         self._batches = 0
         device = model.get_input_embeddings().weight.device
-        self._generator = torch.Generator(device=device).manual_seed(seed)
         ids = [[*prompt, *completion] for prompt, completion in self.rows]
         self._input_ids = pad_rows(ids, tokenizer.pad_token_id).to(device)
         mask = pad_rows([[1] * len(row) for row in ids], 0).to(device)
@@ -91,43 +101,52 @@ class Continuations:
             output = model(input_ids=self._input_ids, attention_mask=mask, use_cache=self.share)
             self._cache: Cache | None = output.past_key_values if self.share else None
             logits = output.logits[0]
-            tokens = torch.tensor([t for _, completion in self.rows for t in completion], device=device)
-            drawn = self._draw(logits, tokens)
-        lengths = [len(completion) for _, completion in self.rows]
-        starts = [sum(lengths[:i]) for i in range(len(lengths))]
-        #: One `NextTokens` per row.
-        self.next_tokens = [
-            NextTokens(*(part[start : start + length] for part in drawn))
-            for start, length in zip(starts, lengths, strict=True)
-        ]
+            #: One `NextTokens` per row; and the second set, where asked for.
+            self.next_tokens = self._draw(logits, seed)
+            self.fresh_tokens = self._draw(logits, derived_seed(seed, FRESH)) if fresh else []
 
-    def _draw(self, logits: torch.Tensor, tokens: torch.Tensor) -> tuple[list, list, list]:
-        """See `NextTokens`, of all rows' positions one after the other; `logits` (U, V), `tokens` (U,)."""
+    def _draw(self, logits: torch.Tensor, seed: int) -> list[NextTokens]:
+        """See `NextTokens`; `logits` (U, V) of all rows' positions, one after the other."""
         import torch
 
+        device = logits.device
+        generator = torch.Generator(device=device).manual_seed(seed % 2**63)
+        tokens = torch.tensor([t for _, completion in self.rows for t in completion], device=device)
         follow, others, free = [], [], []
         chunk = max(1, CHUNK // logits.shape[-1])
         for part, own in zip(logits.split(chunk), tokens.split(chunk), strict=True):
             probs = sampling_probs(part.float(), self.config)
-            places = torch.arange(len(own), device=own.device)
-            free += torch.multinomial(probs, self.config.n, replacement=True, generator=self._generator).tolist()
+            places = torch.arange(len(own), device=device)
+            free += torch.multinomial(probs, self.config.n, replacement=True, generator=generator).tolist()
             follow += probs[places, own].tolist()
             probs[places, own] = 0.0
             rest = probs.sum(-1)
             probs[rest <= NO_ALTERNATIVE, 0] = 1.0  # to have something to draw from; thrown away below
-            drawn = torch.multinomial(probs, self.config.n, replacement=True, generator=self._generator).tolist()
+            drawn = torch.multinomial(probs, self.config.n, replacement=True, generator=generator).tolist()
             others += [d if r > NO_ALTERNATIVE else [] for d, r in zip(drawn, rest.tolist(), strict=True)]
-        return follow, others, free
+        lengths = [len(completion) for _, completion in self.rows]
+        places = [slice(sum(lengths[:i]), sum(lengths[: i + 1])) for i in range(len(lengths))]
+        return [NextTokens(follow[place], others[place], free[place]) for place in places]
+
+    def ends(self, fork: Fork) -> bool:
+        """Whether the fork's token is an end token or completes a stop text: nothing follows it."""
+        return self._end(fork, [*self.rows[fork.row][1][: fork.position], fork.token]) is not None
+
+    def _end(self, fork: Fork, ids: list[int]) -> tuple[list[int], int] | None:
+        prompt = self.rows[fork.row][0]
+        return find_end(self.model, self.tokenizer, ids, self.config, given=fork.position, context=prompt)
 
     def complete(self, forks: Sequence[Fork]) -> list[list[int]]:
         """Goes on from each fork.
 
         Returns:
-            The completions' ids, from their first token on, one per fork.
+            The completions' ids, from their first token on, one per fork. A stop text is cut, and EOS put there, even where it
+            begins before the fork.
         """
         done: list[list[int]] = [[*self.rows[f.row][1][: f.position], f.token] for f in forks]
+        ends = [self._end(fork, ids) for fork, ids in zip(forks, done, strict=True)]
         longest = self.config.max_new_tokens
-        open_forks = [i for i, f in enumerate(forks) if f.token not in self.ends and len(done[i]) < longest]
+        open_forks = [i for i, end in enumerate(ends) if end is None and len(done[i]) < longest]
         # Forks at like places have like prefixes and like lengths to go.
         open_forks.sort(key=lambda i: (len(self.rows[forks[i].row][0]) + forks[i].position, i))
         for start in range(0, len(open_forks), self.config.batch_size):
@@ -135,40 +154,85 @@ class Continuations:
             budget = longest - min(len(done[i]) for i in batch)
             config = replace(self.config, n=1, max_new_tokens=budget)
             self._batches += 1
-            seed = self.seed * 1_000_003 + self._batches
+            seed = derived_seed(self.seed, self._batches)
             if self.share:
-                found = self._from_cache([forks[i] for i in batch], config, seed)
+                drawn = self._from_cache([forks[i] for i in batch], config, seed)
             else:
                 prompts = [[*self.rows[forks[i].row][0], *done[i]] for i in batch]
-                drawn = generate(self.model, self.tokenizer, prompts, config, seed)
-                found = [continuations[0][0] for continuations in drawn]
+                drawn = generate_ids(self.model, self.tokenizer, prompts, config, seed)
                 self.forward_tokens += sum(map(len, prompts)) - len(prompts)
-            for i, ids in zip(batch, found, strict=True):
-                ids = ids[: longest - len(done[i])]
-                self.forward_tokens += len(ids)  # the fork's token is fed, the last one is not
+            for i, ids in zip(batch, drawn, strict=True):
+                known = len(done[i])
                 done[i] += ids
+                ends[i] = self._end(forks[i], done[i])
+                # The fork's token is fed, the one drawn last is not.
+                self.forward_tokens += (len(done[i]) if ends[i] is None else ends[i][1]) - known
+        for i, (fork, end) in enumerate(zip(forks, ends, strict=True)):
+            # A batch goes on for as long as its shortest fork may; an end beyond a fork's own longest length is none.
+            ended = end is not None and end[1] <= longest
+            done[i] = end[0] if ended else done[i][:longest]
+            self.cut[fork.row] += not ended
         return done
 
     def _from_cache(self, forks: list[Fork], config: SampleConfig, seed: int) -> list[list[int]]:
+        """What is drawn after each fork's token, uncut: padding may stand behind an end."""
         import torch
         from transformers import DynamicCache
 
         device = self._input_ids.device
-        visible = [len(self.rows[f.row][0]) + f.position for f in forks]
-        width = max(visible)
-        rows = torch.tensor([f.row for f in forks], device=device)
+        visible = torch.tensor([len(self.rows[f.row][0]) + f.position for f in forks], device=device)[:, None]
+        width = int(visible.max())
+        rows = torch.tensor([f.row for f in forks], device=device)[:, None]
+        # Each prefix ends right before its fork's token: generation looks for stop texts in the ids as they lie there. What
+        # lies in front of a shorter one is masked out, and positions count what is visible.
+        slots = torch.arange(width, device=device) - (width - visible)
+        mask, slots = slots >= 0, slots.clamp(min=0)
         cache = DynamicCache()
         for number, layer in enumerate(self._cache.layers):
-            cache.update(layer.keys[rows, :, :width], layer.values[rows, :, :width], number)
-        # Slots behind a fork hold another continuation's keys: masked out, and positions count what is visible.
-        mask = pad_rows([[1] * v for v in visible], 0, width).to(device)
+            heads = torch.arange(layer.keys.shape[1], device=device)
+            place = rows[..., None], heads[:, None], slots[:, None]
+            cache.update(layer.keys[place], layer.values[place], number)
+        ids = torch.where(mask, self._input_ids[rows, slots], self.tokenizer.pad_token_id)
         tokens = torch.tensor([[f.token] for f in forks], device=device)
         output = run_generate(
-            self.model, self.tokenizer, config, seed,
-            input_ids=torch.cat([self._input_ids[rows, :width], tokens], 1),
-            attention_mask=torch.cat([mask, torch.ones_like(tokens)], 1), past_key_values=cache,
+            self.model, self.tokenizer, config, seed, input_ids=torch.cat([ids, tokens], 1),
+            attention_mask=torch.cat([mask, torch.ones_like(mask[:, :1])], 1).long(), past_key_values=cache,
         )  # fmt: skip
-        return [cut_at_end(self.model, self.tokenizer, ids, self.config)[0] for ids in output[:, width + 1 :].tolist()]
+        return output[:, width + 1 :].tolist()
+
+
+def chain_draws(
+    continuations: Continuations, rng: random.Random
+) -> tuple[list[Fork], list[tuple[list[list[int]], dict[int, int]]]]:
+    """n draws of every state of each row's completion, shared by neighbouring states: a draw that takes the completion's own
+    token at one state is a draw of the next, and those that fork off are replaced there.
+
+    Returns:
+        The forks; and per row the draws of each state, by number, and for each draw that forks the index of its fork. One
+        that does not is the completion itself.
+    """
+    forks: list[Fork] = []
+    plans = []
+    for row, (_, completion) in enumerate(continuations.rows):
+        drawn, names, n = continuations.next_tokens[row], count(), continuations.config.n
+        standing = [next(names) for _ in range(n)]  # the draws at this state
+        states, fates = [], {}
+        for position, own in enumerate(completion):
+            states.append(standing)
+            others, follow = drawn.others[position], drawn.follow[position]
+            leaving = [draw for draw in standing if others and rng.random() >= follow]
+            for draw, token in zip(leaving, others, strict=False):
+                fates[draw] = len(forks)
+                forks.append(Fork(row, position, token))
+            going_on = [draw for draw in standing if draw not in fates]
+            if continuations.ends(Fork(row, position, own)):
+                # The completion may go on (it was sampled without this stop text, perhaps), but draws do not.
+                fates |= dict.fromkeys(going_on, len(forks))
+                forks.append(Fork(row, position, own))
+                going_on = []
+            standing = going_on + [next(names) for _ in range(n - len(going_on))]
+        plans.append((states, fates))
+    return forks, plans
 
 
 def sampling_probs(logits: torch.Tensor, config: SampleConfig) -> torch.Tensor:

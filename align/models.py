@@ -106,13 +106,14 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     """Loads a tokenizer; EOS stands in for a missing padding token.
 
     Raises:
+        ModelLoadError: there is none.
         ModelMismatchError: it has no EOS, so no completion could end.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ModelLoadError(_not_loaded(path, "tokenizer", error)) from error
     if tokenizer.eos_token_id is None:
         raise ModelMismatchError(f"{path}: the tokenizer has no EOS token; set `eos_token` in its configuration")
@@ -308,10 +309,18 @@ def folded_adapter(model: PreTrainedModel | PeftModel, name: str | None):
             del layer.forward
 
 
-def model_identity(path: str | Path) -> str:
-    """What tells a model or adapter apart in a manifest: its hub name, or a hash of its weight files' sizes and ends.
+#: Bytes of a weight file that is still hashed whole; bytes of a strip of a tensor of a larger one, and how many there are.
+WHOLE, STRIP, STRIPS = 1 << 26, 1 << 16, 3
 
-    A folder's small files are read whole; of a large one, the first and last MiB stand for the rest.
+
+def model_identity(path: str | Path) -> str:
+    """What tells a model or adapter apart in a manifest: its hub name, or a hash of its configuration, tokenizer and weights.
+
+    Files of up to 64 MiB are read whole. Of a larger one, every tensor is looked at: whole, or in strips from its
+    beginning, middle and end.
+
+    Raises:
+        ModelLoadError: a large weight file is no safetensors file.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -321,8 +330,22 @@ def model_identity(path: str | Path) -> str:
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
         with open(file, "rb") as stream:
-            digest.update(stream.read(1 << 20))
-            if size > 1 << 20:
-                stream.seek(max(1 << 20, size - (1 << 20)))
+            if size <= WHOLE or file.suffix != ".safetensors":
                 digest.update(stream.read())
+                continue
+            header = stream.read(min(size, int.from_bytes(stream.read(8), "little")))
+            digest.update(header)
+            start = stream.tell()
+            try:
+                tensors = json.loads(header)
+            except ValueError:
+                raise ModelLoadError(f"{file} is no safetensors file, or a part of one; fetch it again") from None
+            for name, tensor in sorted(tensors.items()):
+                if name == "__metadata__":
+                    continue
+                low, high = tensor["data_offsets"]
+                last = max(low, high - STRIP)
+                for place in sorted({low + (last - low) * i // (STRIPS - 1) for i in range(STRIPS)}):
+                    stream.seek(start + place)
+                    digest.update(stream.read(min(STRIP, high - place)))
     return digest.hexdigest()

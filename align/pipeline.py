@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -293,12 +294,15 @@ class Chain:
         if not used:
             return {}
         names = [name for name in SCORED if name in used or name == "reference"]
-        by_id: dict[str, Record] = {}
+        merged: dict[tuple[str, int], Record] = {}
         for name in names:
+            met: Counter[str] = Counter()  # several pairs may have one id, as where it is a prompt's
             for row in read_records(self.out / SCORED[name]):
+                key = row["id"], met[row["id"]]
+                met[row["id"]] += 1
                 # Two sources write `weights`; the page shows what they were made of.
-                by_id[row["id"]] = by_id.get(row["id"], {}) | {k: v for k, v in row.items() if "_weights" not in k}
-        pairs = list(by_id.values())
+                merged[key] = merged.get(key, {}) | {k: v for k, v in row.items() if "_weights" not in k}
+        pairs = list(merged.values())
         found = mark_first_errors(pairs, tokenizer) if self.config.inspect.get("first_error") else {}
         shown = ("ce_scores", "guidance_logratios", "rollout_values", "entropies", "ref_logps")
         there = [c for c in shown if any(f"rejected_{c}" in pair for pair in pairs)]

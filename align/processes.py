@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -31,7 +33,17 @@ def process_state() -> PartialState:
     options = {"timeout": timedelta(hours=6)} if launched > 1 else {}
     state = PartialState(cpu=launched > 1 and cpu, **options)
     check_group(state.num_processes)
+    if launched > 1:
+        _leave_at_exit()
     return state
+
+
+@functools.cache
+def _leave_at_exit() -> None:
+    """A group that is still there when the interpreter goes now and then aborts its process, its work long done."""
+    import torch
+
+    atexit.register(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
 
 
 def launched_processes() -> int:

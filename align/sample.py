@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,8 @@ class SampleConfig:
         top_k: 0 is the whole vocabulary.
         max_new_tokens: longest completion, EOS included.
         max_prompt_length: longer prompts are left out and counted.
-        stop: texts that end a completion; what follows the token before them is cut and EOS is put there.
+        stop: texts that end a completion; what follows the token before them is cut and EOS is put there. One that begins
+            in the prompt and ends beyond it counts.
         seed: with the number of the batch, decides every draw.
         batch_size: most completions generated together.
     """
@@ -100,7 +102,7 @@ def sample_completions(
 
     def compute(number: int, batch: tuple[list[int], range]) -> list[Record]:
         indices, numbers = batch
-        seed = config.seed * 1_000_003 + number
+        seed = derived_seed(config.seed, number)
         texts = [prompts[i] for i in indices]
         completions = generate(model, tokenizer, texts, replace(config, n=len(numbers)), seed)
         return [
@@ -140,6 +142,11 @@ def sample_settings(
     return {**asdict(config), **(settings or {}), "problems": records_hash(problems)}
 
 
+def derived_seed(seed: int, number: int) -> int:
+    """Seed of part `number` of what `seed` decides; within what torch takes, however often it is derived."""
+    return (seed * 1_000_003 + number) % 2**63
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -157,6 +164,26 @@ def generate(
         For every prompt `config.n` pairs of completion ids (EOS included where it ended) and finish reason
         (`stop`, `length`).
     """
+    drawn = generate_ids(model, tokenizer, prompts, config, seed)
+    owners = [prompt for prompt in prompts for _ in range(config.n)]
+    ended = [
+        cut_at_end(model, tokenizer, ids, config, context=prompt) for ids, prompt in zip(drawn, owners, strict=True)
+    ]
+    return [ended[i : i + config.n] for i in range(0, len(ended), config.n)]
+
+
+def generate_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    config: SampleConfig,
+    seed: int,
+) -> list[list[int]]:
+    """What is drawn after each prompt, uncut: padding may stand behind an end. See `generate`.
+
+    Returns:
+        `config.n` rows of ids per prompt, one prompt after the other.
+    """
     import torch
 
     device = model.get_input_embeddings().weight.device
@@ -165,8 +192,7 @@ def generate(
     input_ids = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
     attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     output = run_generate(model, tokenizer, config, seed, input_ids=input_ids, attention_mask=attention_mask)
-    ended = [cut_at_end(model, tokenizer, ids, config) for ids in output[:, width:].tolist()]
-    return [ended[i : i + config.n] for i in range(0, len(ended), config.n)]
+    return output[:, width:].tolist()
 
 
 def run_generate(
@@ -215,23 +241,63 @@ def end_token_ids(model: PreTrainedModel, eos: int) -> list[int]:
 
 
 def cut_at_end(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], config: SampleConfig
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    config: SampleConfig,
+    given: int = 0,
+    context: Sequence[int] = (),
 ) -> tuple[list[int], str]:
-    """Cuts generated ids behind their first end token, or before the token in which a stop text begins.
+    """Cuts a completion behind its first end token, or before the token in which a stop text begins; see `find_end`.
 
     Returns:
         The ids, and the finish reason (`stop`, `length`).
     """
-    end_ids, stop = end_token_ids(model, tokenizer.eos_token_id), config.stop
-    for position, token_id in enumerate(ids):
-        if token_id in end_ids:
-            ids = ids[: position + 1]
-            break
-    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False) if stop else ""
-    found = [text.index(s) for s in stop if s in text]
-    if found:
-        length = len(ids)
-        while length and len(tokenizer.decode(ids[:length], clean_up_tokenization_spaces=False)) > min(found):
-            length -= 1
-        return add_eos(ids[:length], tokenizer.eos_token_id), "stop"
-    return (ids, "stop") if ids and ids[-1] in end_ids else (ids, "length")
+    found = find_end(model, tokenizer, ids, config, given, context)
+    return (ids, "length") if found is None else (found[0], "stop")
+
+
+def find_end(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    config: SampleConfig,
+    given: int = 0,
+    context: Sequence[int] = (),
+) -> tuple[list[int], int] | None:
+    """Where a completion ends.
+
+    Args:
+        ids: of the completion; what stands behind its end does not matter.
+        given: how many of them were there before anything was drawn. An end token or stop text counts where it ends beyond
+            them; a stop text may begin among them, and is cut from there on.
+        context: what precedes `ids`. A stop text may begin here, too, and leaves EOS alone.
+
+    Returns:
+        The ids that stay, EOS included, and the number of `ids` after which the end is there; `None` where there is none.
+    """
+    end_ids = end_token_ids(model, tokenizer.eos_token_id)
+    read = next((place + 1 for place in range(given, len(ids)) if ids[place] in end_ids), None)
+    if config.stop:
+        # A stop text has a token per byte at most; what lies further back than that takes no part.
+        back = len(context) + given - max(len(stop.encode()) for stop in config.stop)
+        whole, back = [*context, *ids], max(back, 0)
+
+        def text_of(length: int) -> str:
+            return tokenizer.decode(whole[back : len(context) + length], clean_up_tokenization_spaces=False)
+
+        last = len(ids) if read is None else read
+        text = text_of(last)
+        # Not the length of what was given: it may end within a character, and decode to something else.
+        known = len(os.path.commonprefix([text, text_of(given)]))
+        spans = [(text.find(stop, max(0, known - len(stop) + 1)), len(stop)) for stop in config.stop]
+        if spans := [(start, start + length) for start, length in spans if start >= 0]:
+            end = min(end for _, end in spans)
+            read = bisect_left(range(last), True, lo=given + 1, key=lambda n: text_of(n).startswith(text[:end]))
+            # One token may complete several stop texts; those that later ones would complete are not there yet.
+            begin = min(start for start, end in spans if end <= len(text_of(read)))
+            kept = read
+            while kept and len(text_of(kept)) > begin:
+                kept -= 1
+            return add_eos(ids[:kept], tokenizer.eos_token_id), read
+    return None if read is None else (ids[:read], read)

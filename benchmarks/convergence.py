@@ -23,7 +23,7 @@ import typer
 MODEL = "data/tiny-arithmetic/model"
 #: Name in the plot -> trainer and its settings.
 METHODS = {"DPO": ("dpo", {}), "TGDPO, α 0.5": ("tgdpo", {"alpha": 0.5}), "TGDPO, α 2": ("tgdpo", {"alpha": 2.0})}
-POINTS = [0, 30, 60, 120, 240, 400, 640]
+POINTS = [0, 30, 60, 90, 120, 180, 240, 360]
 
 
 def train(method: str, settings: dict, rate: float, seed: int, pairs: str, problems: int) -> dict:
@@ -79,6 +79,15 @@ def train(method: str, settings: dict, rate: float, seed: int, pairs: str, probl
     return {"accuracy": points, "logs": logs}
 
 
+def near_one(pairs: str, alpha: float, beta: float = 0.1) -> float:
+    """Share of TGDPO's weights that lie within 0.1 of 1."""
+    from align.records import read_records
+
+    columns = [f"{side}_guidance_logratios" for side in ("chosen", "rejected")]
+    ratios = [ratio for row in read_records(pairs) for column in columns for ratio in row[column]]
+    return fmean(abs(alpha * beta * ratio) <= 0.1 for ratio in ratios)
+
+
 def plot(result: dict, path: Path) -> None:
     """Accuracy against training steps, one panel per learning rate."""
     import matplotlib
@@ -111,7 +120,7 @@ def main(
         "runs/tiny-methods"
     ),
     seeds: int = 3,
-    rates: Annotated[list[float] | None, typer.Option("--rate", help="2e-5 and 1e-4 by default.")] = None,
+    rates: Annotated[list[float] | None, typer.Option("--rate", help="5e-6 and 2e-5 by default.")] = None,
     problems: int = 500,
     jobs: int = 2,
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
@@ -123,7 +132,7 @@ def main(
         print("RESULT " + json.dumps(train(**json.loads(one))))
         return
 
-    rates = rates or [2e-5, 1e-4]
+    rates = rates or [5e-6, 2e-5]
 
     def launch(name: str, rate: float, seed: int) -> dict:
         method, settings = METHODS[name]
@@ -149,6 +158,10 @@ def main(
 
     result = {
         "seeds": seeds, "test problems": problems, "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}", "runs": found,
+        "weights within 0.1 of 1": {
+            name: fmean(near_one(str(runs / f"seed-{seed}" / "guided.jsonl"), settings["alpha"]) for seed in range(1, seeds + 1))
+            for name, (_, settings) in METHODS.items() if settings
+        },
     }  # fmt: skip
     rows = []
     for rate in rates:
@@ -166,6 +179,7 @@ def main(
                 }
             )
     print(markdown_table(rows))
+    print(f"weights within 0.1 of 1: {result['weights within 0.1 of 1']}")
     if json_path:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(result, indent=1) + "\n")

@@ -34,7 +34,13 @@ SHAPES = {
     "4k": ((3000, 3000), (1000, 1096)),
 }
 #: Model -> configuration of a Llama, dtype, LoRA or not, quantization.
-SMALL = {"hidden_size": 256, "intermediate_size": 683, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 8}
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 683,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
 LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
     "vocab_size": 128256, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
@@ -44,7 +50,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "small, V=32k": {"config": SMALL | {"vocab_size": 32000}, "dtype": "float32"},
     "small, V=32k, LoRA": {"config": SMALL | {"vocab_size": 32000}, "dtype": "float32", "lora": True},
     "Llama-3-8B, LoRA": {"config": LLAMA_8B, "dtype": "bfloat16", "lora": True, "checkpointing": True},
-    "Llama-3-8B, QLoRA": {"config": LLAMA_8B, "dtype": "bfloat16", "lora": True, "checkpointing": True, "quantization": "4bit"},
+    "Llama-3-8B, QLoRA": {
+        "config": LLAMA_8B,
+        "dtype": "bfloat16",
+        "lora": True,
+        "checkpointing": True,
+        "quantization": "4bit",
+    },
 }
 #: Dense bfloat16 TFLOP/s by the maker's data sheet.
 PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
@@ -220,14 +232,23 @@ class Sides:
             slots = pair_slots(p["prompt_ids"] + p["chosen_ids"], p["prompt_ids"] + p["rejected_ids"])
             tokens, labelled = tokens + slots, labelled + len(p["chosen_ids"]) + len(p["rejected_ids"])
             scores += sum((len(p["prompt_ids"]) + len(p[f"{s}_ids"])) ** 2 / 2 for s in ("chosen", "rejected"))
-        return factor * (linear * tokens + head * labelled) + 6 * config.num_hidden_layers * 2 * config.hidden_size * scores
+        return (
+            factor * (linear * tokens + head * labelled)
+            + 6 * config.num_hidden_layers * 2 * config.hidden_size * scores
+        )
 
 
 def compare(name: str, shape: str, count: int, steps: int, device: str, attention: str) -> dict[str, Any]:
     spec = MODELS[name]
     pairs = make_pairs(shape, count)
     seconds: dict[str, list[float]] = {}
-    result: dict[str, Any] = {"model": name, "shape": shape, "pairs": count, "attention": attention, "peak memory, GB": {}}
+    result: dict[str, Any] = {
+        "model": name,
+        "shape": shape,
+        "pairs": count,
+        "attention": attention,
+        "peak memory, GB": {},
+    }
     if device == "cpu":  # in turn, so that whatever else the machine does falls on all of them alike
         sides = {which: Sides(which, spec, pairs, device, attention) for which in ("trl", "ours", "floor")}
         for step in range(steps + 1):
@@ -292,7 +313,9 @@ def peak_memory(name: str, shape: str, count: int, attention: str) -> dict[str, 
 
 
 def main(
-    model: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(MODELS)}; by default those for the device.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(MODELS)}; by default those for the device.")
+    ] = None,
     shape: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SHAPES)}; all by default.")] = None,
     pairs: Annotated[int, typer.Option(help="Pairs per step; one for shape 4k.")] = 8,
     steps: int = 7,
@@ -335,9 +358,15 @@ def main(
     ]
     print(markdown_table(rows))
     if json_path:
-        hardware = torch.cuda.get_device_name() if device != "cpu" else f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
+        hardware = (
+            torch.cuda.get_device_name()
+            if device != "cpu"
+            else f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
+        )
         json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps({"hardware": hardware, "torch": torch.__version__, "results": results}, indent=1) + "\n")
+        json_path.write_text(
+            json.dumps({"hardware": hardware, "torch": torch.__version__, "results": results}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/tgdpo_step.py --json benchmarks/results/tgdpo_step.json
 
 The second way is what the paper's released code does: policy, reference and guide run on every batch. Both take the same
-steps on the same batches, in turn; the ratio is of medians. Random weights, full fine-tuning.
+steps on the same batches, in turn; the ratio is of medians. Random weights. With LoRA the reference is the base.
 """
 
 import copy
@@ -14,11 +14,12 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
@@ -65,8 +66,11 @@ def tiny(seed: int, layers: int, hidden: int, vocabulary: int) -> LlamaForCausal
     return LlamaForCausalLM(config).eval()
 
 
-def weights_mb(*models) -> float:
-    return sum(p.numel() * p.element_size() for model in models for p in model.parameters()) / 1e6
+def held_mb(trainer) -> float:
+    """MB of the weights of all models that a trainer holds."""
+    models = [value for value in vars(trainer).values() if isinstance(value, torch.nn.Module)]
+    parameters = {id(p): p for model in models for p in model.parameters()}
+    return sum(p.numel() * p.element_size() for p in parameters.values()) / 1e6
 
 
 def main(
@@ -75,12 +79,24 @@ def main(
     pairs_per_step: int = 4,
     prompt: int = 100,
     completion: int = 150,
-    steps: int = 9,
+    steps: int = 15,
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
-    """Times both ways in turn, checks that their losses agree, and prints the table."""
+    """Times both ways in turn, full fine-tuning and LoRA, checks that their losses agree, and prints the table."""
+    found = [compare(layers, hidden, pairs_per_step, prompt, completion, steps, lora) for lora in (False, True)]
+    shown = [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in result.items()} for result in found]
+    print(markdown_table([{"what": key, "full": shown[0][key], "LoRA": shown[1][key]} for key in shown[0]]))
+    if json_path:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def compare(
+    layers: int, hidden: int, pairs_per_step: int, prompt: int, completion: int, steps: int, lora: bool
+) -> dict[str, Any]:
+    """Both ways on one model."""
     tokenizer = AutoTokenizer.from_pretrained("data/tiny-arithmetic/model")
-    policy, guide = tiny(0, layers, hidden, len(tokenizer)), tiny(1, layers, hidden, len(tokenizer))
+    policy, guide = (tiny(seed, layers, hidden, len(tokenizer)) for seed in (0, 1))
     reference = copy.deepcopy(policy)
     draw = torch.Generator().manual_seed(0)
 
@@ -100,11 +116,15 @@ def main(
             folder, per_device_train_batch_size=pairs_per_step, bf16=False, use_cpu=True, gradient_checkpointing=False,
             report_to="none", check_reference=False, max_length=None,
         )  # fmt: skip
-        common = {"args": args, "processing_class": tokenizer}
+        config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if lora else None
+        common = {"args": args, "processing_class": tokenizer, "peft_config": config}
         cached = TGDPOTrainer(copy.deepcopy(policy), train_dataset=Dataset.from_list(scored), **common)
         plain_rows = [{k: row[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in rows]
         three = ThreeModelsTrainer(
-            copy.deepcopy(policy), ref_model=reference, train_dataset=Dataset.from_list(plain_rows), **common
+            copy.deepcopy(policy),
+            ref_model=None if lora else reference,
+            train_dataset=Dataset.from_list(plain_rows),
+            **common,
         )
         add_fused_lm_head(guide)
         three.guide = guide
@@ -121,7 +141,7 @@ def main(
             loss = trainer.compute_loss(trainer.model, batch)
             loss.backward()
             with torch.no_grad():
-                for parameter in trainer.model.parameters():
+                for parameter in filter(lambda p: p.requires_grad, trainer.model.parameters()):
                     parameter -= 1e-3 * parameter.grad
                     parameter.grad = None
             seconds[name].append(time.perf_counter() - start)
@@ -129,18 +149,14 @@ def main(
         apart = max(apart, abs(losses[0] - losses[1]) / abs(losses[1]))
     medians = {name: median(values[1:]) for name, values in seconds.items()}
     result = {
-        "parameters": sum(p.numel() for p in policy.parameters()), "pairs per step": pairs_per_step, "steps": steps,
+        "trained": "LoRA" if lora else "all weights", "parameters": sum(p.numel() for p in policy.parameters()), "pairs per step": pairs_per_step, "steps": steps,
         "prompt and completion tokens": [prompt, completion], "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "seconds per step, three models": medians["three"], "seconds per step, cached": medians["cached"],
+        "seconds per step, all models every step": medians["three"], "seconds per step, cached": medians["cached"],
         "ratio": medians["three"] / medians["cached"], "seconds of scoring, once, per step's pairs": once / steps,
-        "weights MB, three models": weights_mb(policy, reference, guide), "weights MB, cached": weights_mb(policy),
+        "weights MB, every step": held_mb(three), "weights MB, cached": held_mb(cached),
         "largest relative difference of a loss": apart,
     }  # fmt: skip
-    shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in result.items()}
-    print(markdown_table([{"what": key, "value": value} for key, value in shown.items()]))
-    if json_path:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(result, indent=2) + "\n")
+    return result
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from peft import LoraConfig
 from align import CDPOConfig, CDPOTrainer
 from align.processes import process_state
 
-out, aggregation = sys.argv[1:]
+out, aggregation, budget = sys.argv[1:]
 args = CDPOConfig(
     out, per_device_train_batch_size=4 // process_state().num_processes, max_steps=10, bf16=False, report_to="none",
     logging_steps=1, learning_rate=1e-3, gradient_checkpointing=False, use_cpu=True, save_strategy="no", disable_tqdm=True,
-    loss_aggregation=aggregation,
+    loss_aggregation=aggregation, max_tokens_per_batch=int(budget) or None,
 )  # fmt: skip
 rows = random_pairs(16, columns=("ce_scores",))
 if aggregation == "position":  # averages over the padded width, so every batch must have the same one

@@ -40,18 +40,31 @@ def launch(processes: int, *command: str, port: int) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("aggregation", ["sequence", "position"])
-def test_two_processes_log_the_losses_of_one(tmp_path, aggregation):
+@pytest.mark.parametrize("aggregation, budget", [("sequence", 0), ("position", 0), ("sequence", 30)])
+def test_two_processes_log_the_losses_of_one(tmp_path, aggregation, budget):
+    """Of batches done as a whole, and of batches in passes, of which each process has a number of its own."""
     logged = []
     for processes in (1, 2):
         out = launch(
-            processes, str(TESTS / "ddp_losses.py"), str(tmp_path / str(processes)), aggregation, port=29600 + processes
+            processes,
+            str(TESTS / "ddp_losses.py"),
+            str(tmp_path / str(processes)),
+            aggregation,
+            str(budget),
+            port=29600 + processes,
         )
         assert f"PROCESSES {processes}\n" in out
         logged.append(json.loads(out.split("LOGGED", 1)[1]))
     assert len(logged[0]) == 10
     for one, two in zip(*logged, strict=True):
         assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
+
+
+def test_processes_with_caches_of_their_own_agree(tmp_path):
+    """Only the first process keeps what was computed; the second time, the others have it from there."""
+    out = launch(2, str(TESTS / "ddp_reference.py"), str(tmp_path), port=29620)
+    assert "SAME 0" in out and "SAME 1" in out
+    assert len(list((tmp_path / "cache-0").rglob("*.safetensors"))) == 1 and not (tmp_path / "cache-1").exists()
 
 
 def test_two_processes_run_the_chain_that_one_runs(tmp_path):

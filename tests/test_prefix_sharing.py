@@ -10,7 +10,13 @@ from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, TaskType
 from test_token_dpo import LORA, assert_close, batch_loss, options
 from transformers import (
-    AutoModelForCausalLM, Gemma2Config, GPT2Config, GPTNeoXConfig, MistralConfig, MixtralConfig, Qwen3Config,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen3Config,
 )  # fmt: skip
 
 from align import TokenDPOConfig, TokenDPOTrainer

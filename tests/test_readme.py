@@ -18,57 +18,58 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_chain_by_hand(tmp_path):
-    (chain,) = [block for block in blocks("sh") if "align sample" in block]
-    for folder in ("data", "recipes"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
-    scripts = tmp_path / "bin"
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """The folder in which the chain by hand was typed, and what it printed."""
+    folder = tmp_path_factory.mktemp("chain")
+    (commands,) = [block for block in blocks("sh") if "align sample" in block]
+    for name in ("data", "recipes"):
+        (folder / name).symlink_to(ROOT / name)
+    scripts = folder / "bin"
     scripts.mkdir()
     (scripts / "align").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m align "$@"\n')
     (scripts / "align").chmod(0o755)
-    (scripts / "python").symlink_to(sys.executable)
     environment = {
         **os.environ,
         "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
     }
-    chain = chain.replace("\npython ", f'\n"{sys.executable}" ')
+    commands = commands.replace("\npython ", f'\n"{sys.executable}" ')
     done = subprocess.run(
-        ["sh", "-ec", chain], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+        ["sh", "-ec", commands], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "| pass@4" in done.stdout
-    assert '"chosen_guidance_logratios"' in (tmp_path / "guided.jsonl").read_text()
-    assert '"rejected_rollout_values"' in (tmp_path / "rollouts.jsonl").read_text()
-    assert '"rejected_entropies"' in (tmp_path / "entropy.jsonl").read_text()
-    assert (tmp_path / "pairs.html").exists() and (tmp_path / "referenced.jsonl").exists()
+    return folder, done.stdout
 
 
-def test_the_python_example(tmp_path, monkeypatch):
-    from conftest import random_pairs
+def test_the_chain_by_hand(chain):
+    folder, printed = chain
+    assert "| pass@4" in printed
+    assert '"chosen_guidance_logratios"' in (folder / "guided.jsonl").read_text()
+    assert '"rejected_rollout_values"' in (folder / "rollouts.jsonl").read_text()
+    assert '"rejected_entropies"' in (folder / "entropy.jsonl").read_text()
+    assert (folder / "pairs.html").exists() and (folder / "referenced.jsonl").exists()
 
-    from align.records import write_records
 
-    example, own = blocks("python")
-    write_records(tmp_path / "scored.jsonl", random_pairs(4, vocab_size=300, columns=("ce_scores",)))
-    example = example.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(ROOT / "data/tiny-arithmetic/model"))
+def test_the_python_examples(chain, monkeypatch):
+    """On the files that the chain by hand leaves."""
+    from align.records import read_records
+
+    example, own = (
+        block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "data/tiny-arithmetic/model") for block in blocks("python")
+    )
+    monkeypatch.chdir(chain[0])
+    cpu = "bf16=False, use_cpu=True, max_steps=1, save_strategy='no', report_to='none', logging_steps=1, per_device_train_batch_size=500"
     assert "bf16=True" in example
-    monkeypatch.chdir(tmp_path)
-    cpu = "bf16=False, use_cpu=True, max_steps=1, save_strategy='no', report_to='none', logging_steps=1, check_reference=False"
     exec(example.replace("bf16=True", cpu), {})
 
     # The method of one's own: short, and its weights are those of its formula.
-    pairs = random_pairs(4, vocab_size=300, columns=("ref_logps",))
-    write_records(tmp_path / "scored.jsonl", pairs)
     assert len([line for line in own.splitlines() if line.strip()]) < 25 and "gamma=1.0" in own
     names = {"__name__": "example"}
-    exec(
-        own.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(ROOT / "data/tiny-arithmetic/model")).replace(
-            "bf16=True", cpu
-        ),
-        names,
-    )
+    exec(own.replace("bf16=True", cpu), names)
+    pairs = read_records("referenced.jsonl")
+    assert len(pairs) < 500  # one batch
     values = [math.exp(value) for pair in pairs for value in pair["rejected_ref_logps"]]
     assert names["trainer"].state.log_history[0]["weights/rejected"] == pytest.approx(
         sum(values) / len(values), abs=1e-4

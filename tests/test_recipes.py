@@ -10,7 +10,7 @@ import pytest
 from peft import LoraConfig
 
 from align.config import METHODS, read_config
-from align.errors import ConfigError
+from align.errors import ConfigError, ModelLoadError
 from align.pipeline import Chain
 from align.problems import load_problems
 from align.records import read_records, write_records
@@ -81,13 +81,16 @@ def test_mistakes_in_a_configuration_are_named(tmp_path):
         ("inspect.limt=1", "'inspect': unknown limt"),
         ("model.dtpe=float32", "'model': unknown dtpe"),
         ("train.x=1", "'train': unknown x"),
-        ("score.beta=-1", "beta = -1 must not be negative"),
+        ("score.beta=-1", "beta = -1 must be a number of at least 0"),
+        ("score.beta=x", "beta = 'x' must be a number"),
+        ("score.max_length=0", "max_length = 0 must be a whole number"),
+        ("entropy.top=20%", "top = '20%' must be a number"),
+        ("guide.args={}", "only TGDPO has a guide"),
         ("sample=null", "'sample': None must be a mapping"),
         ("evaluate.ks=3", "ks = 3 must be a list"),
         ("evaluate.export=mt-bench", "'mt-bench' is unknown"),
-        ("entropy.top=0", "top = 0 must lie in"),
+        ("entropy.top=0", "top = 0 must be a number in"),
         ("rollout.rule=x", "rule = 'x' is unknown"),
-        ("guide={path: x, args: {}}", "give one of them"),
         ("pairs.source=x", "give one of the sections 'train'"),
         ("test.answers=false", "nothing to verify; set evaluate.export"),
         ("train.answers=false", "nothing to make pairs of"),
@@ -96,11 +99,49 @@ def test_mistakes_in_a_configuration_are_named(tmp_path):
     ):
         with pytest.raises(ConfigError, match=words):
             Chain(read_config(TINY, [override]), tmp_path)
+    for override, error, words in (
+        ("guide={path: x, args: {}}", ConfigError, "give one of them"),
+        ("guide.path=null", ConfigError, "path = None must be a folder or a hub name"),
+        ("guide.path=no/such-guide", ModelLoadError, "no/such-guide"),
+        (f"guide.path={ROOT / 'data'}", ModelLoadError, "data"),
+        ("guide={args: {max_steps: 1}}", ConfigError, "4bit cannot be trained"),
+    ):
+        config = read_config(TGDPO, [override])
+        if "4bit" in words:
+            config.model["quantization"] = "4bit"
+        with pytest.raises(error, match=words):
+            Chain(config, tmp_path)
     assert not list(tmp_path.iterdir())  # nothing has begun
     methods = read_config(TINY, ["methods.cdpo.args.learning_rate=1e-9"]).methods
     assert (
         methods["cdpo"]["args"]["learning_rate"] == 1e-9 != methods["dpo"]["args"]["learning_rate"]
     )  # an alias in the file
+
+
+def test_rollouts_are_drawn_as_solutions_are(tmp_path):
+    settings = Chain(
+        read_config(TINY, ["sample.temperature=0.7", "sample.stop=[x]", "rollout={n: 5}"]), tmp_path
+    ).settings
+    assert (settings.rollout.temperature, settings.rollout.sampling.stop, settings.rollout.n) == (0.7, ("x",), 5)
+    assert settings.rollout.max_new_tokens == settings.sampling.max_new_tokens == 80
+    own = Chain(read_config(TINY, ["rollout.temperature=0.9"]), tmp_path).settings.rollout
+    assert own.temperature == 0.9
+
+
+def test_the_page_shows_pairs_of_one_prompt_apart(tmp_path):
+    chain = Chain(read_config(TINY), tmp_path)
+    chain.config.methods = {"dpo": {}, "cdpo": {}}
+    rows = [
+        {"id": "same", "prompt": "a", "chosen": "b", "rejected": "c", "prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7 + i], "answer": "1"}
+        | {f"{side}_ref_logps": [-float(i)] for side in ("chosen", "rejected")}
+        for i in range(3)
+    ]  # fmt: skip
+    chain.config.inspect = {}
+    write_records(tmp_path / "referenced.jsonl", rows)
+    write_records(tmp_path / "scored.jsonl", [row | {"rejected_ce_scores": [0.1 * i]} for i, row in enumerate(rows)])
+    chain._write_page([])
+    page = (tmp_path / "pairs.html").read_text()
+    assert "3 of 3 pairs" in page
 
 
 def test_the_whole_chain_then_nothing_to_do_then_one_stage(tmp_path):

@@ -1,5 +1,7 @@
 """Reference log-probabilities from disk: taken up where ids and weights are the same, and never where they are not."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import random_pairs, tiny_llama
@@ -8,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from test_token_dpo import options
 
 from align import CDPOConfig, CDPOTrainer, TokenDPOTrainer
+from align.trainers import reference_cache
 
 
 @pytest.fixture
@@ -73,6 +76,8 @@ def under_an_adapter(seed):
         ({"truncation_mode": "keep_end", "max_length": 12}, None),
         ({"pairs": lambda: [PAIRS[0] | {"chosen_ids": [9] * len(PAIRS[0]["chosen_ids"])}, *PAIRS[1:]]}, 1),
         ({"cache_reference": False}, 6),
+        ({"model": lambda: tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 10.0})}, 6),
+        ({"model": lambda: tiny_llama(num_attention_heads=8, num_key_value_heads=4)}, 6),
         ({"model": lambda: tiny_llama().to(torch.bfloat16)}, 6),
     ],
 )
@@ -81,6 +86,9 @@ def test_misses_where_the_numbers_differ(tmp_path, tokenizer, computed, change, 
     change = dict(change)
     pairs = change.pop("pairs", lambda: PAIRS)()
     model = change.pop("model", tiny_llama)()
+    other_heads = model.config.num_attention_heads == 8
+    if other_heads:  # no tensor tells
+        model.load_state_dict(tiny_llama().state_dict())
     found = build(tmp_path / "b", tokenizer, pairs, model, **change)
     if misses is None:  # exactly the rows that are cut elsewhere than before
         longest = [
@@ -94,6 +102,56 @@ def test_misses_where_the_numbers_differ(tmp_path, tokenizer, computed, change, 
     for one, other in zip(stored(found), stored(fresh), strict=True):
         for row, wanted in zip(one, other, strict=True):
             assert row == pytest.approx(wanted, abs=1e-5 if model.dtype == torch.float32 else 0.2)
+
+
+def test_rows_cut_at_the_other_side_miss(tmp_path, tokenizer, computed):
+    """As long as before, but other ids."""
+    build(tmp_path / "a", tokenizer, PAIRS, max_length=12)
+    found = build(tmp_path / "b", tokenizer, PAIRS, max_length=12, truncation_mode="keep_end")
+    cut = sum(len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) > 12 for p in PAIRS)
+    assert computed == [6, cut] and 0 < cut < 6
+    fresh = build(tmp_path / "c", tokenizer, PAIRS, max_length=12, truncation_mode="keep_end", cache_reference=False)
+    for one, other in zip(stored(found), stored(fresh), strict=True):
+        for row, wanted in zip(one, other, strict=True):
+            assert row == pytest.approx(wanted, abs=1e-5)
+
+
+def test_another_precision_misses(tmp_path, tokenizer, computed):
+    build(tmp_path / "a", tokenizer, PAIRS)
+    build(tmp_path / "b", tokenizer, PAIRS, bf16=True)
+    assert computed == [6, 6]
+
+
+def test_an_adapter_of_another_scale_misses(tmp_path, tokenizer, computed):
+    """The same matrices A and B; the reference's numbers differ all the same."""
+    found = []
+    for alpha in (4, 64):
+        torch.manual_seed(1)
+        config = LoraConfig(r=2, lora_alpha=alpha, target_modules=["up_proj"], init_lora_weights=False)
+        trainer = build(tmp_path / str(alpha), tokenizer, PAIRS, get_peft_model(tiny_llama(), config), lora=False)
+        found.append(stored(trainer)[0][0])
+    assert computed == [6, 6]
+    assert max(abs(a - b) for a, b in zip(*found, strict=True)) > 0.01
+
+
+def test_a_cache_that_cannot_be_written_costs_no_numbers(tmp_path, tokenizer, computed, caplog):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    trainer = build(tmp_path / "a", tokenizer, PAIRS)
+    assert computed == [6] and len(stored(trainer)[0]) == 6
+    assert "cannot be written" in caplog.text
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path, tokenizer, monkeypatch):
+    """Killed while writing: no file by its final name."""
+
+    def half(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reference_cache, "save_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "a", tokenizer, PAIRS)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_another_adapter_of_the_reference_misses(tmp_path, tokenizer, computed):

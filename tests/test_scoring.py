@@ -1,5 +1,6 @@
 """Token scores against loops over the equation, and against two merged models run one sequence at a time."""
 
+import copy
 import json
 
 import pytest
@@ -8,7 +9,8 @@ from conftest import random_pairs, tiny_llama
 from oracles import completion_logps, contrastive_score
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from align.errors import ConfigError, ModelMismatchError, RecordError
+from align import models
+from align.errors import ConfigError, ModelLoadError, ModelMismatchError, RecordError
 from align.logps import batches_by_length, token_logps
 from align.models import BASE_FILE, base_fingerprint, load_adapters, load_model, same_base, write_base_file
 from align.records import read_records
@@ -152,3 +154,23 @@ def test_pickled_weights_are_not_loaded(tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         load_model(str(tmp_path))
+
+
+def test_a_change_anywhere_in_the_weights_is_another_model(tmp_path, monkeypatch):
+    """Also in a file too large to be read whole, and deep inside of it."""
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "a")
+    for whole in (models.WHOLE, 0):
+        monkeypatch.setattr(models, "WHOLE", whole)
+        first = models.model_identity(tmp_path / "a")
+        for i, name in enumerate(("layers.0.mlp.up_proj", "layers.1.self_attn.v_proj", "layers.1.mlp.down_proj")):
+            changed = copy.deepcopy(model)
+            with torch.no_grad():
+                changed.model.get_submodule(name).weight += 0.01
+            changed.save_pretrained(tmp_path / str(i))
+            assert models.model_identity(tmp_path / str(i)) != first, name
+        model.save_pretrained(tmp_path / "b")
+        assert models.model_identity(tmp_path / "b") == first
+    (tmp_path / "b/model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(ModelLoadError, match="no safetensors file"):
+        models.model_identity(tmp_path / "b")

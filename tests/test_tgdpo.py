@@ -1,6 +1,7 @@
 """TGDPO against the authors' formula in float64 loops, against TRL, and its guidance against two models."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from align import TGDPOConfig, TGDPOTrainer
 from align.errors import ConfigError, MissingColumnError, ModelMismatchError
 from align.models import base_fingerprint, load_adapters, load_model, write_base_file
 from align.records import read_records
-from align.scoring.guidance import check_same_vocabulary, score_guidance
+from align.scoring.guidance import check_guide, check_same_vocabulary, score_guidance
 
 
 def guided_pairs(n=8, scale=40.0):
@@ -67,17 +68,20 @@ def test_loss_and_gradient_match_the_formula(tmp_path, model_dir, tokenizer, set
         assert logged[f"weights/{side}_negative"][-1] == pytest.approx(sum(w < 0 for w in row) / len(row), abs=1e-6)
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
+@pytest.mark.parametrize(
+    "loss_type", ["sigmoid", "ipo", "hinge", "exo_pair", "robust", "apo_down", "sppo_hard", "discopop", "sigmoid_norm"]
+)
 def test_alpha_zero_is_dpo(tmp_path, model_dir, tokenizer, loss_type):
     pairs = guided_pairs()
     policy, reference = separate_reference(model_dir)
-    ours = build(tmp_path, policy, pairs, tokenizer, reference, alpha=0.0, loss_type=[loss_type])
+    settings = {"loss_type": [loss_type], "label_smoothing": 0.1 * (loss_type in ("exo_pair", "robust"))}
+    ours = build(tmp_path, policy, pairs, tokenizer, reference, alpha=0.0, **settings)
     loss, grads = batch_loss(ours, pairs)
     policy, reference = separate_reference(model_dir)
     text = [{key: pair[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")} for pair in pairs]
     # TRL's tokenizes whatever it is given, so its preparation is set aside.
     theirs = type("IdsDPOTrainer", (DPOTrainer,), {"_prepare_dataset": lambda self, dataset, *_: dataset})(
-        policy, ref_model=reference, args=DPOConfig(**options(tmp_path, loss_type=[loss_type])),
+        policy, ref_model=reference, args=DPOConfig(**options(tmp_path, **settings)),
         processing_class=tokenizer, train_dataset=Dataset.from_list(text),
     )  # fmt: skip
     assert_close(loss, grads, *batch_loss(theirs, text), 1e-6)
@@ -141,7 +145,7 @@ def test_guidance_is_the_log_ratio_of_two_models(tmp_path, model_dir, guide_adap
             assert max(map(abs, wanted)) > 0.01
 
 
-def test_a_guide_must_share_the_vocabulary(tmp_path, model_dir):
+def test_a_guide_must_share_the_vocabulary(tmp_path, model_dir, guide_adapter):
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     check_same_vocabulary(tokenizer, byte_level_tokenizer())
     other = byte_level_tokenizer()
@@ -152,8 +156,16 @@ def test_a_guide_must_share_the_vocabulary(tmp_path, model_dir):
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    swapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+    swapped = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token=other.eos_token, pad_token=other.pad_token
+    )
     with pytest.raises(ModelMismatchError, match=r"the guide has another tokenizer: id 300 is .*2 ids differ"):
         check_same_vocabulary(swapped, tokenizer)
+    assert len(check_guide({"path": model_dir}, guide_adapter)) == len(tokenizer)  # saved without one: its base's
+    own = tmp_path / "adapter"
+    shutil.copytree(guide_adapter, own)
+    swapped.save_pretrained(own)
+    with pytest.raises(ModelMismatchError, match=r"adapter has another tokenizer: id 300 is"):
+        check_guide({"path": model_dir}, str(own))
     with pytest.raises(ModelMismatchError, match="no adapter to switch off"):
         score_guidance(tiny_llama(), None, random_pairs(2), tmp_path / "out.jsonl", pad_token_id=0)

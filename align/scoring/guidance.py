@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelMismatchError
+from ..errors import ModelLoadError, ModelMismatchError
 from ..logps import Row, token_logps
 from ..models import is_adapter, load_model, load_tokenizer, vocab_size
 from ..records import Record
@@ -51,12 +51,30 @@ def load_guide(
     Raises:
         ModelMismatchError: the guide has another tokenizer or base.
     """
-    trusted = model.get("trust_remote_code", False)
-    tokenizer = load_tokenizer(model["path"], trust_remote_code=trusted)
+    tokenizer = check_guide(model, guide)
     if is_adapter(guide):
         return load_model(**{**model, "adapter": guide}), None, tokenizer
-    check_same_vocabulary(load_tokenizer(guide, trust_remote_code=trusted), tokenizer, guide)
     return load_model(**{**model, "path": guide}), load_model(**model), tokenizer
+
+
+def check_guide(model: Mapping[str, Any], guide: str) -> PreTrainedTokenizerBase:
+    """Whether there is such a guide and its tokenizer is the reference's, asked before anything is loaded; parameters as in
+    `load_guide`. An adapter that was saved without a tokenizer has its base's.
+
+    Raises:
+        ModelLoadError: nothing can be loaded from `guide`.
+        ModelMismatchError: the guide has another tokenizer.
+    """
+    trusted = model.get("trust_remote_code", False)
+    tokenizer = load_tokenizer(model["path"], trust_remote_code=trusted)
+    try:
+        own = load_tokenizer(guide, trust_remote_code=trusted)
+    except ModelLoadError:
+        if not is_adapter(guide):
+            raise
+        return tokenizer
+    check_same_vocabulary(own, tokenizer, guide)
+    return tokenizer
 
 
 def score_guidance(

@@ -13,16 +13,15 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import count
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ..continuations import Continuations, Fork
+from ..continuations import Continuations, Fork, chain_draws
 from ..errors import ConfigError, MissingColumnError
 from ..evaluate import pass_at_k
 from ..logps import Row
-from ..records import Record, row_name
-from ..sample import SampleConfig
+from ..records import Record, check_records, row_name
+from ..sample import SampleConfig, derived_seed
 from ..tokens import decode_completion
 from ..verify import verify_completion
 from .pairs import SIDES, score_stage
@@ -46,9 +45,10 @@ class RolloutConfig:
         rule: `drop` weights a rejected token with what it costs, max(0, V_t − V_{t+1}); `critical` gives the critical token
             weight 1. All other weights of rejected tokens are 0. A bisection gives weight to the critical token alone.
         weight_chosen: whether chosen tokens are weighted with what they gain, max(0, V_{t+1} − V_t), instead of 1.
-        ks: for each k, pass@k of critical states with and without the critical token.
+        ks: for each k, pass@k with the critical token and with another in its place, from n fresh continuations of each kind.
+            The search's own would not do: it chose the token by their outcomes.
         temperature, top_p, top_k, stop: see `SampleConfig`; the policy's own sampling settings are meant.
-        max_new_tokens: longest completion, what is given of it included.
+        max_new_tokens: longest completion, what is given of it included; at least as long as those that are rolled out.
         seed: with the number of the part, decides every draw.
         batch_size: most continuations generated together.
     """
@@ -98,8 +98,11 @@ class Rollout:
         n: continuations per state.
         length: T.
         critical: index of the critical token; `None` where the completion is right or its first state lost already.
-        without: how many of n continuations that take another token in the critical one's place were right; `None` where
-            there is no other token to take.
+        with_critical: how many of n continuations of state `critical` + 1 were right, drawn after the search and independent
+            of its draws; `None` where `ks` is empty.
+        without: how many of n such continuations that take another token in the critical one's place were right; `None`
+            where `ks` is empty or there is no other token to take.
+        cut: how many of all continuations that were drawn reached `max_new_tokens` without an end.
         forward_tokens: what the model was fed for it; a batch's are spread evenly.
         independent_tokens: what the same continuations cost when each is computed from the prompt on.
     """
@@ -108,7 +111,9 @@ class Rollout:
     n: int
     length: int
     critical: int | None
+    with_critical: int | None
     without: int | None
+    cut: int
     forward_tokens: float
     independent_tokens: int
 
@@ -138,28 +143,42 @@ def roll_out(
         answers: reference answers.
         seed: decides the draws.
         share: see `Continuations`.
+
+    Raises:
+        ConfigError: a completion is longer than `max_new_tokens`.
     """
     if not rows:
         return []
-    continuations = Continuations(model, tokenizer, rows, config.sampling, seed, share)
+    _check_budget([(f"rollout, row {i}: the completion", ids) for i, (_, ids) in enumerate(rows)], config)
+    continuations = Continuations(model, tokenizer, rows, config.sampling, seed, share, fresh=bool(config.ks))
     judge = _Judge(continuations, answers)
     search = _search_all if config.search == "all" else _bisect
     found = search(judge, config, random.Random(seed))
-    without = [_without(judge, i, f) if config.ks else None for i, f in enumerate(found)]
+    fresh = _draw_afresh(judge, found) if config.ks else {}
     cost = continuations.forward_tokens / len(rows)
     return [
-        Rollout(f.correct, config.n, len(completion), f.critical, w, cost, f.independent)
-        for f, w, (_, completion) in zip(found, without, rows, strict=True)
+        Rollout(f.correct, config.n, len(ids), f.critical, *fresh.get(i, (None, None)), cut, cost, f.independent)
+        for i, (f, cut, (_, ids)) in enumerate(zip(found, continuations.cut, rows, strict=True))
     ]
+
+
+def _check_budget(completions: Sequence[tuple[str, Sequence[int]]], config: RolloutConfig) -> None:
+    """Raises ConfigError where a completion (its name, its ids) is longer than continuations may get."""
+    longest = max((len(ids) for _, ids in completions), default=0)
+    for name, ids in completions:
+        if len(ids) > config.max_new_tokens:
+            raise ConfigError(
+                f"{name} has {len(ids)} tokens, more than max_new_tokens = {config.max_new_tokens}; its continuations would be "
+                f"cut before they end, and count as wrong. Set max_new_tokens to {longest} or more, or leave out long rows"
+            )
 
 
 @dataclass
 class _Found:
-    """What a search leaves of one row: see `Rollout`; and outcomes of the draws that left y at the critical token."""
+    """What a search leaves of one row: see `Rollout`."""
 
     correct: dict[int, int]
     critical: int | None = None
-    left: list[bool] = field(default_factory=list)
     independent: int = 0
 
 
@@ -187,22 +206,7 @@ class _Judge:
 
 
 def _search_all(judge: _Judge, config: RolloutConfig, rng: random.Random) -> list[_Found]:
-    forks: list[Fork] = []
-    plans = []
-    for row, (_, completion) in enumerate(judge.rows):
-        drawn, names = judge.next_tokens[row], count()
-        standing = [next(names) for _ in range(config.n)]  # the draws at this state
-        states, fates = [], {}  # a draw's fate is its fork; who has none is y itself
-        for position in range(len(completion)):
-            states.append(standing)
-            others, follow = drawn.others[position], drawn.follow[position]
-            leaving = [draw for draw in standing if others and rng.random() >= follow]
-            for draw, token in zip(leaving, others, strict=False):
-                fates[draw] = len(forks)
-                forks.append(Fork(row, position, token))
-            going_on = [draw for draw in standing if draw not in fates]
-            standing = going_on + [next(names) for _ in range(config.n - len(going_on))]
-        plans.append((states, fates))
+    forks, plans = chain_draws(judge.continuations, rng)
     ends = judge.outcomes(forks)
     found = []
     for row, ((prompt, completion), (states, fates)) in enumerate(zip(judge.rows, plans, strict=True)):
@@ -211,17 +215,8 @@ def _search_all(judge: _Judge, config: RolloutConfig, rng: random.Random) -> lis
         correct = {state: sum(right for right, _ in those) for state, those in enumerate(outcomes)}
         correct[len(completion)] = config.n * own[0]
         critical = _critical(correct, len(completion), config)
-        left = (
-            []
-            if critical is None
-            else [ends[fates[d]][0] for d in states[critical] if _leaves(d, critical, fates, forks)]
-        )
-        found.append(_Found(correct, critical, left, sum(cost for those in outcomes for _, cost in those)))
+        found.append(_Found(correct, critical, sum(cost for those in outcomes for _, cost in those)))
     return found
-
-
-def _leaves(draw: int, position: int, fates: dict[int, int], forks: list[Fork]) -> bool:
-    return draw in fates and forks[fates[draw]].position == position
 
 
 def _critical(correct: dict[int, int], length: int, config: RolloutConfig) -> int | None:
@@ -244,14 +239,10 @@ def _bisect(judge: _Judge, config: RolloutConfig, rng: random.Random) -> list[_F
         for row, (_, completion) in enumerate(judge.rows)
     ]
     bounds = {row: (-1, len(judge.rows[row][1])) for row, f in enumerate(found) if not any(f.correct.values())}
+    right = [(row, 0) for row in range(len(found)) if row not in bounds]
     while bounds:
-        asked = {row: 0 if low < 0 else (low + high) // 2 for row, (low, high) in bounds.items()}
-        forks = [Fork(row, state, token) for row, state in asked.items() for token in judge.next_tokens[row].any[state]]
-        ends = iter(judge.outcomes(forks))
-        for row, state in asked.items():
-            those = [next(ends) for _ in range(config.n)]
-            correct = found[row].correct[state] = sum(right for right, _ in those)
-            found[row].independent += sum(cost for _, cost in those)
+        asked = [(row, 0 if low < 0 else (low + high) // 2) for row, (low, high) in bounds.items()]
+        for (row, state), correct in zip(asked, _look(judge, found, asked), strict=True):
             low, high = bounds[row]
             bounds[row] = low, high = (low, state) if correct <= lost else (state, high)
             if state == 0 and correct <= lost:
@@ -259,15 +250,42 @@ def _bisect(judge: _Judge, config: RolloutConfig, rng: random.Random) -> list[_F
             elif high - low <= 1:
                 found[row].critical = low
                 del bounds[row]
+    _look(judge, found, right)  # there no token is to blame either, but V_0 is a number that is written
     return found
 
 
-def _without(judge: _Judge, row: int, found: _Found) -> int | None:
-    """Right ones of n continuations that take another token in the critical one's place."""
-    if found.critical is None or not (others := judge.next_tokens[row].others[found.critical]):
-        return None
-    forks = [Fork(row, found.critical, token) for token in others[len(found.left) :]]
-    return sum(found.left) + sum(right for right, _ in judge.outcomes(forks))
+def _look(judge: _Judge, found: list[_Found], asked: Sequence[tuple[int, int]]) -> list[int]:
+    """Right ones of n continuations of each of these rows' states; noted in `found`."""
+    counts = _count_right(judge, found, [(row, state, judge.next_tokens[row].any[state]) for row, state in asked])
+    for (row, state), correct in zip(asked, counts, strict=True):
+        found[row].correct[state] = correct
+    return counts
+
+
+def _count_right(judge: _Judge, found: list[_Found], asked: Sequence[tuple[int, int, list[int]]]) -> list[int]:
+    """Right continuations of each of these rows with each of these tokens at a position; what they cost goes to `found`."""
+    ends = iter(judge.outcomes([Fork(row, position, token) for row, position, tokens in asked for token in tokens]))
+    counts = []
+    for row, _, tokens in asked:
+        those = [next(ends) for _ in tokens]
+        found[row].independent += sum(cost for _, cost in those)
+        counts.append(sum(right for right, _ in those))
+    return counts
+
+
+def _draw_afresh(judge: _Judge, found: list[_Found]) -> dict[int, tuple[int, int | None]]:
+    """`with_critical` and `without` of `Rollout`, for each row that has a critical token."""
+    critical = {row: f.critical for row, f in enumerate(found) if f.critical is not None}
+    fresh = {row: judge.continuations.fresh_tokens[row] for row in critical}
+    kept = {row: c + 1 for row, c in critical.items() if c + 1 < len(fresh[row].any)}
+    others = {row: c for row, c in critical.items() if fresh[row].others[c]}
+    asked = [(row, state, fresh[row].any[state]) for row, state in kept.items()]
+    asked += [(row, position, fresh[row].others[position]) for row, position in others.items()]
+    right = iter(_count_right(judge, found, asked))
+    # Behind the last token there is nothing to draw: the completion itself, a wrong one, is what it leads to.
+    with_critical = dict.fromkeys(critical, 0) | {row: next(right) for row in kept}
+    without = {row: next(right) for row in others}
+    return {row: (with_critical[row], without.get(row)) for row in critical}
 
 
 def rollout_columns(side: str, rollout: Rollout, config: RolloutConfig) -> Record:
@@ -297,7 +315,8 @@ def score_rollout(
 ) -> dict[str, Any]:
     """The stage `align score rollout`: adds, per side, `rollout_values` (V after each token) and `weights`; per pair,
     `prompt_value` (V before the first token), `critical` (index of the rejected completion's critical token, or null),
-    `critical_with`, `critical_without` (right continuations of n, with that token and with another in its place).
+    `critical_with`, `critical_without`: right ones of n continuations with that token and of n with another in its place, drawn
+    afresh where `ks` is given; otherwise the search's own count (0 by construction in a search of all positions), and null.
 
     Chosen completions are rolled out with `weight_chosen` alone; otherwise their weights are 1.
 
@@ -311,10 +330,13 @@ def score_rollout(
 
     Returns:
         Counts: `rows`, `too_long`, `tokens`, `critical` (rejected completions that have a critical token), `lost_from_start`,
-        `without_alternative`, `forward_tokens`, `independent_tokens`, and per k of `ks` `pass@k with`, `pass@k without`.
+        `cut` (continuations that reached `max_new_tokens` without an end, and so count by what they say until then),
+        `forward_tokens`, `independent_tokens`, and where `ks` is given `without_alternative` (critical tokens that the policy
+        has no other token for) and per k `pass@k with`, `pass@k without`.
 
     Raises:
         MissingColumnError: a pair has no answer to compare with.
+        ConfigError: a completion that would be rolled out is longer than `max_new_tokens`.
     """
     config = config or RolloutConfig()
     for index, pair in enumerate(pairs):
@@ -323,44 +345,45 @@ def score_rollout(
                 f"pairs, {row_name(pair, index)}: no answer; a continuation is right where it ends in the answer. "
                 "`align pair` keeps it"
             )
+    check_records(pairs, "pair", source="pairs")
+    sides = SIDES if config.weight_chosen else SIDES[1:]
+    kept = [i for i, pair in enumerate(pairs) if max_length is None or pair_length(pair) <= max_length]
+    named = [(f"pairs, {row_name(pairs[i], i)}: {side}", pairs[i][f"{side}_ids"]) for i in kept for side in sides]
+    _check_budget(named, config)
 
     def compute(number: int, part: list[Record]) -> list[Record]:
-        sides = SIDES if config.weight_chosen else SIDES[1:]
         rows = [(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in part for side in sides]
         answers = [pair["answer"] for pair in part for _ in sides]
-        found = iter(roll_out(model, tokenizer, rows, answers, config, seed=config.seed * 1_000_003 + number))
+        found = iter(roll_out(model, tokenizer, rows, answers, config, seed=derived_seed(config.seed, number)))
         added = []
         for pair in part:
-            new: Record = {"_tokens": [0.0, 0]}
+            those = [next(found) for _ in sides]
+            new: Record = {"_drawn": [[r.forward_tokens, r.independent_tokens, r.cut] for r in those]}
             if not config.weight_chosen:
                 new["chosen_weights"] = [1.0] * len(pair["chosen_ids"])
-            for side in sides:
-                rollout = next(found)
+            for side, rollout in zip(sides, those, strict=True):
                 new |= rollout_columns(side, rollout, config)
-                new["_tokens"][0] += rollout.forward_tokens
-                new["_tokens"][1] += rollout.independent_tokens
-            critical = rollout.critical
-            new |= {
-                "prompt_value": rollout.values()[0],
-                "critical": critical,
-                "critical_with": None if critical is None else rollout.correct[critical + 1],
-                "critical_without": rollout.without,
-            }
-            added.append(new)
+            critical, count = rollout.critical, rollout.with_critical
+            if critical is not None and count is None:
+                count = rollout.correct[critical + 1]
+            new |= {"prompt_value": rollout.values()[0], "critical": critical}
+            added.append(new | {"critical_with": count, "critical_without": rollout.without})
         return added
 
-    tokens = [0.0, 0]
+    drawn: list[list[float]] = []
 
     def finish(rows: list[Record]) -> None:
         for row in rows:
-            for i, number in enumerate(row.pop("_tokens")):
-                tokens[i] += number
+            drawn.extend(row.pop("_drawn"))
+
+    def count(rows: list[Record]) -> dict[str, Any]:
+        forward, independent, cut = map(sum, zip(*drawn, strict=True))
+        return _count(rows, config) | {"cut": cut, "forward_tokens": round(forward), "independent_tokens": independent}
 
     return score_stage(
         pairs, out_path, compute, model=model, max_length=max_length, stage="score rollout",
         settings=rollout_settings(config, settings), adds=("weights",), finish=finish,
-        per_part=max(1, config.batch_size // config.n),
-        count=lambda rows: _count(rows, config) | {"forward_tokens": round(tokens[0]), "independent_tokens": tokens[1]},
+        per_part=max(1, config.batch_size // config.n), count=count,
     )  # fmt: skip
 
 

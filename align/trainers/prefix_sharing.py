@@ -94,7 +94,9 @@ class PrefixSharing:
 
     def groups(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[list[int]]:
         """Pairs of a batch that a budget of `most` slots allows together."""
-        rows = [row[real] for row, real in zip(input_ids.cpu().numpy(), (attention_mask != 0).cpu().numpy(), strict=True)]
+        rows = [
+            row[real] for row, real in zip(input_ids.cpu().numpy(), (attention_mask != 0).cpu().numpy(), strict=True)
+        ]
         sizes = [pair_slots(*pair) for pair in zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True)]
         return group_pairs(sizes, self.most, **self._shape(input_ids.device.type == "cpu"))
 
@@ -111,7 +113,9 @@ class PrefixSharing:
         own_head = knows_head(self.base)
         if own_head:
             kwargs.pop("fused_lm_head")
-        layouts = lay_out_pairs(ids, mask, labels, most=self._most(ids.device.type == "cpu"), **self._shape(ids.device.type == "cpu"))
+        layouts = lay_out_pairs(
+            ids, mask, labels, most=self._most(ids.device.type == "cpu"), **self._shape(ids.device.type == "cpu")
+        )
         passes = [self._run(model, layout, own_head, kwargs) for layout in layouts]
         places = torch.cat([layout.places for layout in layouts])
         shape = (ids.shape[0], ids.shape[1] - 1)
@@ -154,8 +158,7 @@ class PrefixSharing:
             return {name: outputs.get(name) for name in FIELDS}
         outputs = model(**inputs, shift_labels=layout.label_slots())
         return {
-            name: None if (field := outputs.get(name)) is None else field.flatten()[layout.labelled]
-            for name in FIELDS
+            name: None if (field := outputs.get(name)) is None else field.flatten()[layout.labelled] for name in FIELDS
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,14 +23,28 @@ def default_folder() -> Path:
     return Path(os.environ.get("ALIGN_CACHE", "~/.cache/align")).expanduser() / "ref_logps"
 
 
+#: Fields of configurations that say where something came from, or how it is trained; no number depends on them.
+PROVENANCE = {
+    "_name_or_path", "name_or_path", "transformers_version", "use_cache", "architectures", "base_model_name_or_path", "revision",
+    "inference_mode", "auto_mapping", "peft_version", "lora_dropout", "dtype", "torch_dtype",
+}  # fmt: skip
+
+
 def weights_key(model: torch.nn.Module, left_out: Sequence[str], precision: str) -> str:
-    """A hash of all of a model's weights, as they lie in memory, and the precision of its forward pass.
+    """A hash of all that a model's numbers depend on besides ids: its weights as they lie in memory, its configuration and
+    its adapters' (heads, RoPE, scaling have no tensor of their own), and the precision of its forward pass.
 
     Args:
         left_out: adapters that are off while the reference is computed, so that their weights do not matter.
         precision: accelerate's mixed precision.
     """
     digest = hashlib.sha256(precision.encode())
+    adapters = {name: c for name, c in getattr(model, "peft_config", {}).items() if name not in left_out}
+    for name, config in [("", model.config), *sorted(adapters.items())]:
+        kept = {key: value for key, value in config.to_dict().items() if key not in PROVENANCE}
+        # Sets have no order of their own; what JSON does not know (enums, dtypes) has a name.
+        text = json.dumps(kept, sort_keys=True, default=lambda v: sorted(map(str, v)) if isinstance(v, set) else str(v))
+        digest.update(f"{name} {text}".encode())
     parts = [f".{name}." for name in left_out]
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, torch.Tensor) and not any("lora_" in name and part in name for part in parts):
@@ -80,6 +95,9 @@ class ReferenceCache:
             "lengths": torch.tensor([len(values) for values in new.values()]),
             "values": torch.tensor([value for values in new.values() for value in values], dtype=torch.float32),
         }
-        name = hashlib.sha256(b"".join(sorted(new))).hexdigest()[:32]
-        with atomic_path(self.folder / f"{name}.safetensors") as temporary:
-            save_file(tensors, temporary)
+        file = self.folder / f"{hashlib.sha256(b''.join(sorted(new))).hexdigest()[:32]}.safetensors"
+        try:
+            with atomic_path(file) as temporary:
+                save_file(tensors, temporary)
+        except (OSError, SafetensorError) as error:  # the numbers are there, and a training waits for them
+            logger.warning(f"{file} cannot be written ({error}); other runs will compute these rows again")

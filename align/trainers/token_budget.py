@@ -171,7 +171,10 @@ class TokenBudget(DPOTrainer):
 
     def _parts(self, inputs: dict[str, Any]) -> list[Part]:
         """The batch, cut by the budget; a pair is never cut, so one that is larger makes a part of its own."""
-        groups = self._layout.groups(inputs["input_ids"], inputs["attention_mask"])
+        # The loss of the released code of cDPO counts positions of padding.
+        whole = getattr(self.args, "loss_aggregation", None) == "position"
+        mask, padded = inputs["attention_mask"], whole and not self._layout.shares
+        groups = self._layout.groups(inputs["input_ids"], torch.ones_like(mask) if padded else mask)
         if self.is_fsdp_enabled:  # processes take part in each other's passes
             counts = self.accelerator.gather(torch.tensor([len(groups)], device=self.accelerator.device))
             while len(groups) < counts.max():
@@ -180,12 +183,10 @@ class TokenBudget(DPOTrainer):
                 groups += [group[: len(group) // 2], group[len(group) // 2 :]]
         count, width = len(inputs["input_ids"]) // 2, inputs["input_ids"].shape[1]
         chosen = inputs["completion_mask"][:count, 1:].sum(1).tolist()
-        used = (inputs["attention_mask"].view(2, count, width) != 0).any(0).cpu()
+        used = (mask.view(2, count, width) != 0).any(0).cpu()
         parts = []
         for group in groups:
             reached = used[group].any(0).nonzero()
-            # The loss of the released code of cDPO counts positions of padding.
-            whole = getattr(self.args, "loss_aggregation", None) == "position"
             columns = slice(0, width) if whole else slice(reached.min().item(), reached.max().item() + 1)
             share = sum(chosen[i] for i in group) / max(sum(chosen), 1)
             parts.append(Part(group, columns, len(group) / count, share))

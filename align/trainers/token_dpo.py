@@ -63,7 +63,8 @@ class TokenDPOConfig(DPOConfig):
     prefix_sharing: bool = field(default=True, metadata={"help": "Compute what both sides of a pair begin with once."})
 
     max_tokens_per_batch: int | None = field(
-        default=None, metadata={"help": "Tokens of a forward and backward pass; a batch is done in as many as it takes."}
+        default=None,
+        metadata={"help": "Tokens of a forward and backward pass; a batch is done in as many as it takes."},
     )
 
     def __post_init__(self) -> None:
@@ -125,7 +126,9 @@ class _TokenWeightedModel:
         self.ref_logps = ref_logps
         self.weights = weights
         self.logps: torch.Tensor | None = None  # (2B, T), unweighted, set by the call
-        self.fields: dict[str, torch.Tensor] = {}  # all per-token fields, (2B, T) each, without gradient, set by the call
+        self.fields: dict[
+            str, torch.Tensor
+        ] = {}  # all per-token fields, (2B, T) each, without gradient, set by the call
 
     def __call__(self, **kwargs):
         outputs = self.call(**kwargs)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from trl import DPOTrainer
 
 from ..tokens import shift_to_labels, truncate
@@ -28,20 +29,23 @@ class TokenReference(DPOTrainer):
             return dataset
         keys = self._reference_keys(dataset)
         self._layout, self._ref_layout  # noqa: B018 (tried with the adapter on)
-        cache = self._reference_cache()
-        missing = [i for i, row in enumerate(keys) if cache is None or any(cache.get(key) is None for key in row)]
-        self.accelerator.wait_for_everyone()  # all have read before the main process writes
+        cache = self._reference_cache() if self.accelerator.is_main_process else None
+        # One process looks up for all: folders differ from machine to machine, and others may be writing.
+        known = [[[None if cache is None else cache.get(key) for key in row] for row in keys]]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(known)
+        known = known[0]
+        missing = [i for i, row in enumerate(known) if None in row]
         logger.info(
             f"{name} data set: reference of {len(missing)} rows to compute, of {len(keys) - len(missing)} known"
         )
-        computed = self._compute_ref_logps(dataset.select(missing), batch_size) if missing else {s: [] for s in SIDES}
-        found = {keys[i][n]: computed[side][j] for j, i in enumerate(missing) for n, side in enumerate(SIDES)}
-        if cache is not None and self.accelerator.is_main_process:
-            cache.add(found.items())
-        rows = {
-            side: [found[row[n]] if row[n] in found else cache.get(row[n]) for row in keys]
-            for n, side in enumerate(SIDES)
-        }
+        if missing:
+            computed = self._compute_ref_logps(dataset.select(missing), batch_size)
+            for j, i in enumerate(missing):
+                known[i] = [computed[side][j] for side in SIDES]
+        if cache is not None:
+            cache.add((keys[i][n], known[i][n]) for i in missing for n in range(len(SIDES)))
+        rows = {side: [row[n] for row in known] for n, side in enumerate(SIDES)}
         return pad_columns(dataset, rows, "ref_logps", self.args.truncation_mode)
 
     def _reference_keys(self, dataset) -> list[tuple[bytes, bytes]]:
@@ -91,7 +95,9 @@ class TokenReference(DPOTrainer):
         reference = self.ref_model or self.model
 
         def score(**kwargs):
-            captured.log_probs = shift_to_labels(torch.cat(stored)) if stored else self._ref_layout(reference, **kwargs).log_probs
+            captured.log_probs = (
+                shift_to_labels(torch.cat(stored)) if stored else self._ref_layout(reference, **kwargs).log_probs
+            )
             return captured
 
         # TRL's own method, for its way of finding the reference and of summing (`ld_alpha`).
