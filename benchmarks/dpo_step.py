@@ -14,7 +14,6 @@ import gc
 import json
 import platform
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -72,14 +71,14 @@ def make_pairs(shape: str, count: int, vocabulary: int = 360, seed: int = 0) -> 
         rows = draw.sample(known, count)
     else:
         rows = [[draw.randint(*lengths[0]), draw.randint(*lengths[1]), draw.randint(*lengths[1])] for _ in range(count)]
-    return [
-        {
-            name: [draw.randrange(3, vocabulary) for _ in range(length)]
-            for name, length in zip(("prompt_ids", "chosen_ids", "rejected_ids"), row, strict=True)
-        }
-        | {f"{side}_ref_logps": [-1.0] * row[i] for i, side in ((1, "chosen"), (2, "rejected"))}
-        for row in rows
-    ]
+    return [random_pair(draw, *row, vocabulary) for row in rows]
+
+
+def random_pair(draw: random.Random, prompt: int, chosen: int, rejected: int, vocabulary: int = 360) -> dict:
+    """Random ids of these lengths, with reference log-probabilities."""
+    lengths = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    pair = {f"{name}_ids": [draw.randrange(3, vocabulary) for _ in range(n)] for name, n in lengths.items()}
+    return pair | {"chosen_ref_logps": [-1.0] * chosen, "rejected_ref_logps": [-1.0] * rejected}
 
 
 def make_model(spec: dict[str, Any], device: str, attention: str):
@@ -330,7 +329,9 @@ def main(
         side = Sides(o["which"], MODELS[o["name"]], make_pairs(o["shape"], o["count"]), "cpu", o["attention"])
         side.step()
         side.step()
-        print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+        # Not getrusage's, which counts what the parent held before this program began.
+        status = Path("/proc/self/status").read_text()
+        print("PEAK", int(status.split("VmHWM:")[1].split()[0]) / 1e6)
         return
     from align.report import markdown_table
 

@@ -113,3 +113,17 @@ def test_critical_tokens_are_quoted_as_measured():
         assert f"{100 * result[f'critical token is: {name}']:.1f} %" in README, name
     assert f"took {drawn['independent tokens']:,} tokens and {drawn['independent seconds']:.1f} s" in README
     assert f"{drawn['shared tokens']:,.0f} and {drawn['shared seconds']:.2f} s" in README
+
+
+def test_convergence_is_quoted_as_measured():
+    result = json.loads((ROOT / "benchmarks/results/convergence.json").read_text())
+    curves: dict[tuple, list[dict]] = {}
+    for run in result["runs"]:
+        curves.setdefault((run["learning rate"], run["method"]), []).append(run["accuracy"])
+    for (_, method), found in curves.items():
+        mean = {step: sum(curve[step] for curve in found) / len(found) for step in found[0]}
+        best = max(mean, key=mean.get)
+        assert f"| {method} | {mean[best]:.1f} | {best} | {mean['360']:.1f} |" in README, method
+    near = result["weights within 0.1 of 1"]
+    assert f"{100 * near['TGDPO, α 0.5']:.1f} % of whose weights" in README
+    assert f"({100 - 100 * near['TGDPO, α 2']:.1f} % of them by more" in README

@@ -155,8 +155,11 @@ class TokenBudget(DPOTrainer):
         return result if self._part is None else result * self._part.share
 
     def _check_token_budget(self) -> None:
-        if self.is_deepspeed_enabled:
-            raise ConfigError("max_tokens_per_batch: DeepSpeed steps after every backward pass; unset it")
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ConfigError(
+                "max_tokens_per_batch: under DeepSpeed and FSDP, processes take part in each other's passes, whose numbers "
+                "would differ; unset it, or train with DDP"
+            )
         if self.aux_loss_enabled:
             raise ConfigError(
                 "max_tokens_per_batch cuts the batch that a router loss is computed of; set router_aux_loss_coef=0, or unset it"
@@ -175,12 +178,6 @@ class TokenBudget(DPOTrainer):
         whole = getattr(self.args, "loss_aggregation", None) == "position"
         mask, padded = inputs["attention_mask"], whole and not self._layout.shares
         groups = self._layout.groups(inputs["input_ids"], torch.ones_like(mask) if padded else mask)
-        if self.is_fsdp_enabled:  # processes take part in each other's passes
-            counts = self.accelerator.gather(torch.tensor([len(groups)], device=self.accelerator.device))
-            while len(groups) < counts.max():
-                groups.sort(key=len)
-                group = groups.pop()
-                groups += [group[: len(group) // 2], group[len(group) // 2 :]]
         count, width = len(inputs["input_ids"]) // 2, inputs["input_ids"].shape[1]
         chosen = inputs["completion_mask"][:count, 1:].sum(1).tolist()
         used = (mask.view(2, count, width) != 0).any(0).cpu()
