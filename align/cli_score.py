@@ -176,12 +176,15 @@ def rollout(
     ] = "drop",
     weight_chosen: Annotated[bool, typer.Option(help="Roll out chosen completions, too: weights are gains.")] = False,
     k: Annotated[
-        list[int] | None, typer.Option(help="pass@k with and without the critical token; may be repeated.")
+        list[int] | None,
+        typer.Option(help="pass@k with and without the critical token, freshly drawn; may be repeated."),
     ] = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest completion, its given part included.")] = 512,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Longest completion, its given part included; no shorter than those in the pairs.")
+    ] = 512,
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends a completion, \\n a line break; may be repeated.")
     ] = None,

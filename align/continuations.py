@@ -2,13 +2,12 @@
 
 A *fork* leaves a completion y before its token t: another token stands there, and the model goes on from it. Whether a
 draw of the model forks at t, and to which token, follows from the probabilities of one forward pass over y; only what
-comes after the fork is generated, from the keys and values that this pass left. A fork ends where a completion sampled with
-the same settings would: at an end token, at a stop text (which may begin before the fork), or at the longest length.
+comes after the fork is generated, from the keys and values that this pass left. A fork ends where a completion sampled
+with the same settings would: at an end token, at a stop text (it may begin before the fork), or at the longest length.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -17,10 +16,12 @@ from typing import TYPE_CHECKING
 from .logps import head_on, shares_prefixes
 from .losses import CHUNK
 from .prefix_tree import Row
-from .sample import SampleConfig, derived_seed, find_end, generate_ids, run_generate
+from .sample import SampleConfig, derived_seed, find_end, pad_left, run_generate
 from .tokens import pad_rows
 
 if TYPE_CHECKING:
+    import random
+
     import torch
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -62,9 +63,9 @@ class Continuations:
         model: causal LM; where it has an adapter, that is on.
         tokenizer: its tokenizer.
         rows: R rows of prompt and completion ids.
-        config: how to sample; `max_new_tokens` is the longest completion, what precedes the fork included (no completion of
-            `rows` is longer), and `batch_size` the most continuations generated together. `n` draws of each kind are made
-            at every position.
+        config: how to sample; `max_new_tokens` is the longest completion, what precedes the fork included (none
+            of `rows` is longer), and `batch_size` the most continuations generated together. `n` draws of each kind are
+            made at every position.
         seed: decides the draws.
         share: whether keys and values of what precedes a fork are computed once; by default where the model's attention
             allows it (full attention, no adapter that prepends positions).
@@ -140,8 +141,8 @@ class Continuations:
         """Goes on from each fork.
 
         Returns:
-            The completions' ids, from their first token on, one per fork. A stop text is cut, and EOS put there, even where it
-            begins before the fork.
+            The completions' ids, from their first token on, one per fork. A stop text is cut, and EOS put there, even
+            where it begins before the fork.
         """
         done: list[list[int]] = [[*self.rows[f.row][1][: f.position], f.token] for f in forks]
         ends = [self._end(fork, ids) for fork, ids in zip(forks, done, strict=True)]
@@ -154,28 +155,39 @@ class Continuations:
             budget = longest - min(len(done[i]) for i in batch)
             config = replace(self.config, n=1, max_new_tokens=budget)
             self._batches += 1
-            seed = derived_seed(self.seed, self._batches)
-            if self.share:
-                drawn = self._from_cache([forks[i] for i in batch], config, seed)
-            else:
-                prompts = [[*self.rows[forks[i].row][0], *done[i]] for i in batch]
-                drawn = generate_ids(self.model, self.tokenizer, prompts, config, seed)
-                self.forward_tokens += sum(map(len, prompts)) - len(prompts)
+            drawn = self._draw_on([forks[i] for i in batch], [done[i] for i in batch], config)
             for i, ids in zip(batch, drawn, strict=True):
-                known = len(done[i])
-                done[i] += ids
+                known, done[i] = len(done[i]), [*done[i], *ids][:longest]
                 ends[i] = self._end(forks[i], done[i])
-                # The fork's token is fed, the one drawn last is not.
+                # The fork's token is fed; the one drawn last is not, or only as padding is, since its batch goes on.
                 self.forward_tokens += (len(done[i]) if ends[i] is None else ends[i][1]) - known
-        for i, (fork, end) in enumerate(zip(forks, ends, strict=True)):
-            # A batch goes on for as long as its shortest fork may; an end beyond a fork's own longest length is none.
-            ended = end is not None and end[1] <= longest
-            done[i] = end[0] if ended else done[i][:longest]
-            self.cut[fork.row] += not ended
-        return done
+        for fork, end in zip(forks, ends, strict=True):
+            self.cut[fork.row] += end is None
+        return [ids if end is None else end[0] for ids, end in zip(done, ends, strict=True)]
 
-    def _from_cache(self, forks: list[Fork], config: SampleConfig, seed: int) -> list[list[int]]:
-        """What is drawn after each fork's token, uncut: padding may stand behind an end."""
+    def _draw_on(self, forks: list[Fork], done: list[list[int]], config: SampleConfig) -> list[list[int]]:
+        """What is drawn after each fork, uncut: padding may stand behind an end."""
+        import torch
+        from transformers import StoppingCriteriaList
+
+        if self.share:
+            inputs = self._from_cache(forks)
+        else:
+            prompts = [[*self.rows[f.row][0], *ids] for f, ids in zip(forks, done, strict=True)]
+            inputs = pad_left(prompts, self.tokenizer.pad_token_id, self._input_ids.device)
+            self.forward_tokens += sum(map(len, prompts)) - len(prompts)
+        width = inputs["input_ids"].shape[1]
+        # Forks of a batch have unlike lengths to go; what is fed beyond a fork's own is padding.
+        limits = torch.tensor(
+            [width + self.config.max_new_tokens - len(ids) for ids in done], device=self._input_ids.device
+        )
+        limit = StoppingCriteriaList([lambda input_ids, _scores, **_: input_ids.shape[1] >= limits])
+        seed = derived_seed(self.seed, self._batches)
+        output = run_generate(self.model, self.tokenizer, config, seed, **inputs, stopping_criteria=limit)
+        return output[:, width:].tolist()
+
+    def _from_cache(self, forks: list[Fork]) -> dict[str, torch.Tensor | Cache]:
+        """What `generate` is given: ids up to each fork's token, and keys and values of what precedes it."""
         import torch
         from transformers import DynamicCache
 
@@ -183,8 +195,8 @@ class Continuations:
         visible = torch.tensor([len(self.rows[f.row][0]) + f.position for f in forks], device=device)[:, None]
         width = int(visible.max())
         rows = torch.tensor([f.row for f in forks], device=device)[:, None]
-        # Each prefix ends right before its fork's token: generation looks for stop texts in the ids as they lie there. What
-        # lies in front of a shorter one is masked out, and positions count what is visible.
+        # Each prefix ends right before its fork's token: generation looks for stop texts in the ids as they lie there.
+        # What lies in front of a shorter one is masked out, and positions count what is visible.
         slots = torch.arange(width, device=device) - (width - visible)
         mask, slots = slots >= 0, slots.clamp(min=0)
         cache = DynamicCache()
@@ -194,22 +206,19 @@ class Continuations:
             cache.update(layer.keys[place], layer.values[place], number)
         ids = torch.where(mask, self._input_ids[rows, slots], self.tokenizer.pad_token_id)
         tokens = torch.tensor([[f.token] for f in forks], device=device)
-        output = run_generate(
-            self.model, self.tokenizer, config, seed, input_ids=torch.cat([ids, tokens], 1),
-            attention_mask=torch.cat([mask, torch.ones_like(mask[:, :1])], 1).long(), past_key_values=cache,
-        )  # fmt: skip
-        return output[:, width + 1 :].tolist()
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        return {"input_ids": torch.cat([ids, tokens], 1), "attention_mask": mask.long(), "past_key_values": cache}
 
 
 def chain_draws(
     continuations: Continuations, rng: random.Random
 ) -> tuple[list[Fork], list[tuple[list[list[int]], dict[int, int]]]]:
-    """n draws of every state of each row's completion, shared by neighbouring states: a draw that takes the completion's own
-    token at one state is a draw of the next, and those that fork off are replaced there.
+    """n draws of every state of each completion, shared by neighbouring states: a draw that takes the completion's
+    own token at one state is a draw of the next, and those that fork off are replaced there.
 
     Returns:
-        The forks; and per row the draws of each state, by number, and for each draw that forks the index of its fork. One
-        that does not is the completion itself.
+        The forks; and per row the draws of each state, by number, and for each draw that forks the index of its fork.
+        One that does not is the completion itself.
     """
     forks: list[Fork] = []
     plans = []

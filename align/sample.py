@@ -30,8 +30,8 @@ class SampleConfig:
         top_k: 0 is the whole vocabulary.
         max_new_tokens: longest completion, EOS included.
         max_prompt_length: longer prompts are left out and counted.
-        stop: texts that end a completion; what follows the token before them is cut and EOS is put there. One that begins
-            in the prompt and ends beyond it counts.
+        stop: texts that end a completion; what follows the token before them is cut and EOS is put there. One that
+            begins in the prompt and ends beyond it counts.
         seed: with the number of the batch, decides every draw.
         batch_size: most completions generated together.
     """
@@ -164,35 +164,23 @@ def generate(
         For every prompt `config.n` pairs of completion ids (EOS included where it ended) and finish reason
         (`stop`, `length`).
     """
-    drawn = generate_ids(model, tokenizer, prompts, config, seed)
+    inputs = pad_left(prompts, tokenizer.pad_token_id, model.get_input_embeddings().weight.device)
+    output = run_generate(model, tokenizer, config, seed, **inputs)[:, inputs["input_ids"].shape[1] :].tolist()
     owners = [prompt for prompt in prompts for _ in range(config.n)]
     ended = [
-        cut_at_end(model, tokenizer, ids, config, context=prompt) for ids, prompt in zip(drawn, owners, strict=True)
+        cut_at_end(model, tokenizer, ids, config, context=prompt) for ids, prompt in zip(output, owners, strict=True)
     ]
     return [ended[i : i + config.n] for i in range(0, len(ended), config.n)]
 
 
-def generate_ids(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    config: SampleConfig,
-    seed: int,
-) -> list[list[int]]:
-    """What is drawn after each prompt, uncut: padding may stand behind an end. See `generate`.
-
-    Returns:
-        `config.n` rows of ids per prompt, one prompt after the other.
-    """
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` (B, L) of rows padded on the left, since generation goes on at the right end."""
     import torch
 
-    device = model.get_input_embeddings().weight.device
-    width, pad = max(map(len, prompts)), tokenizer.pad_token_id
-    # Left-padded, since generation goes on at the right end.
-    input_ids = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
-    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    output = run_generate(model, tokenizer, config, seed, input_ids=input_ids, attention_mask=attention_mask)
-    return output[:, width:].tolist()
+    width = max(map(len, rows))
+    input_ids = [[pad_token_id] * (width - len(ids)) + list(ids) for ids in rows]
+    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in rows]
+    return {"input_ids": torch.tensor(input_ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
 def run_generate(
@@ -269,12 +257,12 @@ def find_end(
 
     Args:
         ids: of the completion; what stands behind its end does not matter.
-        given: how many of them were there before anything was drawn. An end token or stop text counts where it ends beyond
-            them; a stop text may begin among them, and is cut from there on.
+        given: how many of them were there before anything was drawn. An end token or stop text counts where it ends
+            beyond them; a stop text may begin among them, and is cut from there on.
         context: what precedes `ids`. A stop text may begin here, too, and leaves EOS alone.
 
     Returns:
-        The ids that stay, EOS included, and the number of `ids` after which the end is there; `None` where there is none.
+        The ids that stay, EOS included, and after how many of `ids` the end is there; `None` where there is none.
     """
     end_ids = end_token_ids(model, tokenizer.eos_token_id)
     read = next((place + 1 for place in range(given, len(ids)) if ids[place] in end_ids), None)

@@ -45,10 +45,10 @@ class RolloutConfig:
         rule: `drop` weights a rejected token with what it costs, max(0, V_t − V_{t+1}); `critical` gives the critical token
             weight 1. All other weights of rejected tokens are 0. A bisection gives weight to the critical token alone.
         weight_chosen: whether chosen tokens are weighted with what they gain, max(0, V_{t+1} − V_t), instead of 1.
-        ks: for each k, pass@k with the critical token and with another in its place, from n fresh continuations of each kind.
-            The search's own would not do: it chose the token by their outcomes.
+        ks: for each k, pass@k with the critical token and with another in its place, from n fresh continuations of
+            each kind. The search's own would not do: it chose the token by their outcomes.
         temperature, top_p, top_k, stop: see `SampleConfig`; the policy's own sampling settings are meant.
-        max_new_tokens: longest completion, what is given of it included; at least as long as those that are rolled out.
+        max_new_tokens: longest completion, what is given of it included; no shorter than those that are rolled out.
         seed: with the number of the part, decides every draw.
         batch_size: most continuations generated together.
     """
@@ -98,10 +98,9 @@ class Rollout:
         n: continuations per state.
         length: T.
         critical: index of the critical token; `None` where the completion is right or its first state lost already.
-        with_critical: how many of n continuations of state `critical` + 1 were right, drawn after the search and independent
-            of its draws; `None` where `ks` is empty.
-        without: how many of n such continuations that take another token in the critical one's place were right; `None`
-            where `ks` is empty or there is no other token to take.
+        with_critical: right ones of n continuations of state `critical` + 1, drawn after the search and independent of
+            it; the search's own count where `ks` is empty.
+        without: the same with another token in the critical one's place; `None` where `ks` is empty or there is none.
         cut: how many of all continuations that were drawn reached `max_new_tokens` without an end.
         forward_tokens: what the model was fed for it; a batch's are spread evenly.
         independent_tokens: what the same continuations cost when each is computed from the prompt on.
@@ -154,10 +153,11 @@ def roll_out(
     judge = _Judge(continuations, answers)
     search = _search_all if config.search == "all" else _bisect
     found = search(judge, config, random.Random(seed))
-    fresh = _draw_afresh(judge, found) if config.ks else {}
+    searched = {i: (f.correct[f.critical + 1], None) for i, f in enumerate(found) if f.critical is not None}
+    after = _draw_afresh(judge, found) if config.ks else searched
     cost = continuations.forward_tokens / len(rows)
     return [
-        Rollout(f.correct, config.n, len(ids), f.critical, *fresh.get(i, (None, None)), cut, cost, f.independent)
+        Rollout(f.correct, config.n, len(ids), f.critical, *after.get(i, (None, None)), cut, cost, f.independent)
         for i, (f, cut, (_, ids)) in enumerate(zip(found, continuations.cut, rows, strict=True))
     ]
 
@@ -168,8 +168,8 @@ def _check_budget(completions: Sequence[tuple[str, Sequence[int]]], config: Roll
     for name, ids in completions:
         if len(ids) > config.max_new_tokens:
             raise ConfigError(
-                f"{name} has {len(ids)} tokens, more than max_new_tokens = {config.max_new_tokens}; its continuations would be "
-                f"cut before they end, and count as wrong. Set max_new_tokens to {longest} or more, or leave out long rows"
+                f"{name} has {len(ids)} tokens, more than max_new_tokens = {config.max_new_tokens}; its continuations "
+                f"would be cut before they end. Set max_new_tokens to {longest} or more, or leave out long rows"
             )
 
 
@@ -234,36 +234,33 @@ def _bisect(judge: _Judge, config: RolloutConfig, rng: random.Random) -> list[_F
     # Draws are not shared here: which states are looked at depends on earlier outcomes, and draws chosen by their outcome
     # would no longer be fair ones.
     lost = config.threshold * config.n
-    found = [
-        _Found({len(completion): config.n * judge.right(row, completion)})
-        for row, (_, completion) in enumerate(judge.rows)
-    ]
+    found = [_Found({len(ids): config.n * judge.right(row, ids)}) for row, (_, ids) in enumerate(judge.rows)]
     bounds = {row: (-1, len(judge.rows[row][1])) for row, f in enumerate(found) if not any(f.correct.values())}
     right = [(row, 0) for row in range(len(found)) if row not in bounds]
+
+    def look(asked: list[tuple[int, int]]) -> None:
+        counts = _count_right(judge, found, [(row, state, judge.next_tokens[row].any[state]) for row, state in asked])
+        for (row, state), correct in zip(asked, counts, strict=True):
+            found[row].correct[state] = correct
+
     while bounds:
         asked = [(row, 0 if low < 0 else (low + high) // 2) for row, (low, high) in bounds.items()]
-        for (row, state), correct in zip(asked, _look(judge, found, asked), strict=True):
+        look(asked)
+        for row, state in asked:
             low, high = bounds[row]
-            bounds[row] = low, high = (low, state) if correct <= lost else (state, high)
-            if state == 0 and correct <= lost:
+            is_lost = found[row].correct[state] <= lost
+            bounds[row] = low, high = (low, state) if is_lost else (state, high)
+            if state == 0 and is_lost:
                 del bounds[row]  # lost from the start: no token is to blame
             elif high - low <= 1:
                 found[row].critical = low
                 del bounds[row]
-    _look(judge, found, right)  # there no token is to blame either, but V_0 is a number that is written
+    look(right)  # no token is to blame there either, but the columns have V_0
     return found
 
 
-def _look(judge: _Judge, found: list[_Found], asked: Sequence[tuple[int, int]]) -> list[int]:
-    """Right ones of n continuations of each of these rows' states; noted in `found`."""
-    counts = _count_right(judge, found, [(row, state, judge.next_tokens[row].any[state]) for row, state in asked])
-    for (row, state), correct in zip(asked, counts, strict=True):
-        found[row].correct[state] = correct
-    return counts
-
-
 def _count_right(judge: _Judge, found: list[_Found], asked: Sequence[tuple[int, int, list[int]]]) -> list[int]:
-    """Right continuations of each of these rows with each of these tokens at a position; what they cost goes to `found`."""
+    """Right continuations, per row and position, with each of these tokens there; what they cost goes to `found`."""
     ends = iter(judge.outcomes([Fork(row, position, token) for row, position, tokens in asked for token in tokens]))
     counts = []
     for row, _, tokens in asked:
@@ -275,17 +272,14 @@ def _count_right(judge: _Judge, found: list[_Found], asked: Sequence[tuple[int, 
 
 def _draw_afresh(judge: _Judge, found: list[_Found]) -> dict[int, tuple[int, int | None]]:
     """`with_critical` and `without` of `Rollout`, for each row that has a critical token."""
-    critical = {row: f.critical for row, f in enumerate(found) if f.critical is not None}
-    fresh = {row: judge.continuations.fresh_tokens[row] for row in critical}
-    kept = {row: c + 1 for row, c in critical.items() if c + 1 < len(fresh[row].any)}
-    others = {row: c for row, c in critical.items() if fresh[row].others[c]}
-    asked = [(row, state, fresh[row].any[state]) for row, state in kept.items()]
-    asked += [(row, position, fresh[row].others[position]) for row, position in others.items()]
-    right = iter(_count_right(judge, found, asked))
-    # Behind the last token there is nothing to draw: the completion itself, a wrong one, is what it leads to.
-    with_critical = dict.fromkeys(critical, 0) | {row: next(right) for row in kept}
-    without = {row: next(right) for row in others}
-    return {row: (with_critical[row], without.get(row)) for row in critical}
+    critical = [(row, f.critical) for row, f in enumerate(found) if f.critical is not None]
+    fresh = judge.continuations.fresh_tokens
+    # Behind the last token there is nothing to draw: a wrong completion is all that it leads to.
+    asked = [(row, place + 1, [*fresh[row].any, []][place + 1]) for row, place in critical]
+    asked += [(row, place, fresh[row].others[place]) for row, place in critical]
+    counts = _count_right(judge, found, asked)
+    both = zip(critical, counts[: len(critical)], counts[len(critical) :], strict=True)
+    return {row: (kept, other if fresh[row].others[place] else None) for (row, place), kept, other in both}
 
 
 def rollout_columns(side: str, rollout: Rollout, config: RolloutConfig) -> Record:
@@ -315,8 +309,8 @@ def score_rollout(
 ) -> dict[str, Any]:
     """The stage `align score rollout`: adds, per side, `rollout_values` (V after each token) and `weights`; per pair,
     `prompt_value` (V before the first token), `critical` (index of the rejected completion's critical token, or null),
-    `critical_with`, `critical_without`: right ones of n continuations with that token and of n with another in its place, drawn
-    afresh where `ks` is given; otherwise the search's own count (0 by construction in a search of all positions), and null.
+    `critical_with`, `critical_without`: right ones of n fresh continuations with that token and of n with another in
+    its place. Without `ks` they are the search's count of right ones after it (0 by construction in search `all`) and null.
 
     Chosen completions are rolled out with `weight_chosen` alone; otherwise their weights are 1.
 
@@ -329,10 +323,10 @@ def score_rollout(
         settings: what else the numbers depend on (hash of the model), for resuming.
 
     Returns:
-        Counts: `rows`, `too_long`, `tokens`, `critical` (rejected completions that have a critical token), `lost_from_start`,
-        `cut` (continuations that reached `max_new_tokens` without an end, and so count by what they say until then),
-        `forward_tokens`, `independent_tokens`, and where `ks` is given `without_alternative` (critical tokens that the policy
-        has no other token for) and per k `pass@k with`, `pass@k without`.
+        Counts: `rows`, `too_long`, `tokens`, `critical` (rejected completions that have a critical token),
+        `lost_from_start`, `cut` (continuations that reached `max_new_tokens` without an end), `forward_tokens`,
+        `independent_tokens`; where `ks` is given, `without_alternative` (critical tokens that the policy has no other
+        for), and per k `pass@k with` and `pass@k without`.
 
     Raises:
         MissingColumnError: a pair has no answer to compare with.
@@ -341,13 +335,14 @@ def score_rollout(
     config = config or RolloutConfig()
     for index, pair in enumerate(pairs):
         if not isinstance(pair.get("answer"), str) or not pair["answer"]:
+            name = row_name(pair, index)
             raise MissingColumnError(
-                f"pairs, {row_name(pair, index)}: no answer; a continuation is right where it ends in the answer. "
-                "`align pair` keeps it"
+                f"pairs, {name}: no answer; a continuation is right where it ends in the answer. `align pair` keeps it"
             )
     check_records(pairs, "pair", source="pairs")
     sides = SIDES if config.weight_chosen else SIDES[1:]
-    kept = [i for i, pair in enumerate(pairs) if max_length is None or pair_length(pair) <= max_length]
+    lengths = [len(pair["prompt_ids"]) + max(len(pair[f"{side}_ids"]) for side in SIDES) for pair in pairs]
+    kept = [i for i, length in enumerate(lengths) if max_length is None or length <= max_length]
     named = [(f"pairs, {row_name(pairs[i], i)}: {side}", pairs[i][f"{side}_ids"]) for i in kept for side in sides]
     _check_budget(named, config)
 
@@ -363,11 +358,8 @@ def score_rollout(
                 new["chosen_weights"] = [1.0] * len(pair["chosen_ids"])
             for side, rollout in zip(sides, those, strict=True):
                 new |= rollout_columns(side, rollout, config)
-            critical, count = rollout.critical, rollout.with_critical
-            if critical is not None and count is None:
-                count = rollout.correct[critical + 1]
-            new |= {"prompt_value": rollout.values()[0], "critical": critical}
-            added.append(new | {"critical_with": count, "critical_without": rollout.without})
+            new |= {"prompt_value": rollout.values()[0], "critical": rollout.critical}
+            added.append(new | {"critical_with": rollout.with_critical, "critical_without": rollout.without})
         return added
 
     drawn: list[list[float]] = []
@@ -393,12 +385,11 @@ def rollout_settings(config: RolloutConfig, settings: dict[str, Any] | None) -> 
 
 
 def _count(rows: list[Record], config: RolloutConfig) -> dict[str, Any]:
-    lost = config.threshold
     found = [row for row in rows if row["critical"] is not None]
     both = [row for row in found if row["critical_without"] is not None]
     counts: dict[str, Any] = {
         "critical": len(found),
-        "lost_from_start": sum(row["prompt_value"] <= lost for row in rows),
+        "lost_from_start": sum(row["prompt_value"] <= config.threshold for row in rows),
     }
     if config.ks:
         counts["without_alternative"] = len(found) - len(both)
