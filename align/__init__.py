@@ -7,9 +7,13 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "AlignError": "errors",
+    "BASHConfig": "trainers",
+    "BASHTrainer": "trainers",
     "CDPOConfig": "trainers",
     "CDPOTrainer": "trainers",
     "PairConfig": "pair",
+    "RACConfig": "trainers",
+    "RACTrainer": "trainers",
     "RolloutConfig": "scoring.rollout",
     "SampleConfig": "sample",
     "TGDPOConfig": "trainers",

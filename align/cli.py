@@ -20,6 +20,7 @@ from .cli_common import (
     print_counts,
     unescape,
 )
+from .cli_mix import app as mix_app
 from .cli_score import app as score_app
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 app.add_typer(score_app, name="score")
+app.add_typer(mix_app, name="mix")
 
 
 @app.command()
@@ -157,16 +159,22 @@ def evaluate(
     ] = None,
     out: Annotated[str | None, typer.Option(help="File of an export.")] = None,
     name: Annotated[str | None, typer.Option(help="The model's name on the judge's leaderboard.")] = None,
+    corrections: Annotated[
+        str | None, typer.Option(help="Cue, \\n a line break: how often a model corrects itself, and what comes of it.")
+    ] = None,
 ) -> None:
     """Accuracy with n and a 95 % interval; or completions for a win-rate judge.
 
     Example: align evaluate verdicts.jsonl --k 4
+
+    Example: align evaluate verdicts.jsonl --corrections "Wait, that is not right."
 
     Example: align evaluate samples.jsonl --export alpaca-eval --out outputs.json --name my-model
     """
     from .errors import ConfigError
     from .evaluate import evaluate_verdicts, format_interval
     from .export import export_completions
+    from .rac import correction_report
     from .records import read_records
     from .report import markdown_table
 
@@ -179,17 +187,44 @@ def evaluate(
         return
     if out is not None or name is not None:
         raise ConfigError("--out and --name belong to --export; without it, the table is printed")
-    result = evaluate_verdicts(read_records(completions, "verdict"), k or ())
+    verdicts = read_records(completions, "verdict")
+    result = evaluate_verdicts(verdicts, k or ())
+    if corrections is not None:
+        result["corrections"] = correction_report(verdicts, unescape(corrections))
     if as_json or not is_first():
         print_counts(result)
         return
     rows = [
         {"metric": metric, "% [95 %]": format_interval(value), "n": result["n"]}
         for metric, value in result.items()
-        if isinstance(value, dict)
+        if isinstance(value, dict) and "low" in value
     ]
     typer.echo(markdown_table(rows))
     typer.echo(f"completions per problem: {result['samples']}; without an answer: {result['no_answer']:.1%}")
+    if corrections is not None:
+        shares = [
+            {"corrections": name.replace("_", " "), "%": f"{100 * share:.1f}"}
+            for name, share in result["corrections"].items()
+            if name != "n"
+        ]
+        typer.echo("\n" + markdown_table(shares))
+
+
+@app.command()
+def merge(
+    out: Annotated[str, typer.Argument(help="Folder of the merged model.")],
+    model: Model,
+    adapter: Annotated[str, typer.Option(help="LoRA adapter to merge into it.")],
+    dtype: Dtype = "bfloat16",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Merges a LoRA adapter into its base: a model of its own, to train another adapter on.
+
+    Example: align merge merged --model data/tiny-arithmetic/model --adapter positive --dtype float32
+    """
+    from .models import merge_adapter
+
+    typer.echo(merge_adapter(model, adapter, out, dtype=dtype, trust_remote_code=trust_remote_code))
 
 
 @app.command()

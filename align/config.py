@@ -25,8 +25,8 @@ class Method:
 
     Args:
         title: what the table calls it.
-        trainer: `sft`, or a key of `align.trainers.training.PREFERENCE_TRAINERS`.
-        scores: where its token-level columns come from.
+        trainer: a key of `align.trainers.training.SFT_TRAINERS` or `PREFERENCE_TRAINERS`.
+        scores: where its token-level columns come from; `None` where it learns from demonstrations.
     """
 
     title: str
@@ -36,13 +36,19 @@ class Method:
 
 #: Methods in the order of the table, by their name in a configuration.
 METHODS = {
-    "sft": Method("SFT on the positive set", "sft", None),
+    "sft": Method("SFT", "sft", None),
+    "bash": Method("BASH", "bash", None),
+    "bash_autoregressive": Method("BASH, autoregressive", "bash", None),
+    "rac": Method("RAC", "rac", None),
     "dpo": Method("DPO on the same pairs", "dpo", "reference"),
     "cdpo": Method("cDPO", "cdpo", "contrastive"),
     "tgdpo": Method("TGDPO", "tgdpo", "guidance"),
     "entropy": Method("DPO on tokens of high entropy", "token_dpo", "entropy"),
     "rollout": Method("DPO with weights from rollouts", "token_dpo", "rollout"),
 }
+
+#: What methods that learn from demonstrations learn from: right solutions that were sampled, or the problems' own.
+DEMONSTRATIONS = {"positive": " on the positive set", "solutions": ""}
 
 #: Settings of sampling that rollouts take over.
 DRAWN = ("temperature", "top_p", "top_k", "max_new_tokens", "stop")
@@ -60,6 +66,8 @@ class ChainConfig:
         train, test: arguments of `align.load_problems`. With `answers: false` the test problems are open-ended prompts, and
             completions are exported in place of being verified.
         pairs, test_pairs: arguments of `align.tokenize_pairs`: a preference data set in place of `train`, and held-out pairs.
+        demonstrations: what SFT, BASH and RAC learn from: `positive`, the right solutions among those sampled, or
+            `solutions`, those that the training problems come with; then nothing is sampled for them.
         sample: fields of `SampleConfig` for the training problems.
         pair: fields of `PairConfig`.
         contrastive: `args` (`trl.SFTConfig`) and `lora` (`peft.LoraConfig`) of the positive and negative model.
@@ -78,6 +86,7 @@ class ChainConfig:
     test: dict[str, Any] = field(default_factory=dict)
     pairs: dict[str, Any] = field(default_factory=dict)
     test_pairs: dict[str, Any] = field(default_factory=dict)
+    demonstrations: str = "positive"
     sample: dict[str, Any] = field(default_factory=dict)
     pair: dict[str, Any] = field(default_factory=dict)
     contrastive: dict[str, Any] = field(default_factory=dict)
@@ -169,6 +178,7 @@ class Settings:
     def __init__(self, config: ChainConfig, out: Path) -> None:
         from .scoring.rollout import RolloutConfig
 
+        self.samples = config.demonstrations != "solutions" or any(METHODS[name].scores for name in config.methods)
         self._check_sources(config)
         self.sampling = section(SampleConfig, config.sample, "sample")
         self.pairing = section(PairConfig, config.pair, "pair")
@@ -206,7 +216,9 @@ class Settings:
             )
         if config.train and not config.train.get("answers", True):
             raise ConfigError("section 'train': answers: false leaves nothing to make pairs of")
-        if config.train and config.sample == {}:
+        if config.demonstrations not in DEMONSTRATIONS:
+            raise ConfigError(f"demonstrations: {config.demonstrations!r} must be one of {', '.join(DEMONSTRATIONS)}")
+        if config.train and config.sample == {} and self.samples:
             raise ConfigError("section 'sample' is missing; it says how training problems are sampled")
         if not config.test and not config.test_pairs:
             raise ConfigError("give a section 'test' (problems) or 'test_pairs', to evaluate on")
@@ -237,7 +249,7 @@ class Settings:
             method = METHODS[name]
             check_training(method.trainer, out, **settings)
             check_trainable(config.model, settings.get("lora"))
-            if config.pairs and (method.trainer == "sft" or method.scores in ("contrastive", "rollout")):
+            if config.pairs and method.scores in (None, "contrastive", "rollout"):
                 raise ConfigError(
                     f"methods.{name} needs sampled solutions; give problems ('train') in place of 'pairs'"
                 )

@@ -16,13 +16,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import METHODS, ChainConfig, Settings, read_config
+from .config import DEMONSTRATIONS, METHODS, ChainConfig, Settings, read_config
+from .demonstrations import tokenize_demonstrations
 from .errors import ConfigError
 from .evaluate import evaluate_verdicts, format_interval, preference_accuracy
 from .export import export_completions
 from .pair import pair
 from .preferences import tokenize_pairs
 from .problems import load_problems
+from .rac import CorrectionSettings, correction_report
 from .records import Record, atomic_path, read_records
 from .sample import SampleConfig, sample_completions, sample_settings
 from .stages import is_complete, read_manifest
@@ -53,7 +55,9 @@ def run_recipe(config: str, output: str, overrides: Sequence[str] | None = None)
                 f"\n{name.replace('is the', 'of a rejected solution is its true')}: {share['share']:.1%} of {share['n']}"
             )
     print("".join(f"\nexported: {path}" for path in summary["exports"]))
-    print(f"tokens coloured by score: {output}/pairs.html\nall numbers: {output}/summary.json")
+    if summary["page"]:
+        print(f"tokens coloured by score: {summary['page']}")
+    print(f"all numbers: {output}/summary.json")
 
 
 class Chain:
@@ -120,6 +124,8 @@ class Chain:
         out = self.out
         if self.config.pairs:
             return {"tokenize": self._tokenize(self.config.pairs, out / "pairs.jsonl")}
+        if not self.settings.samples:
+            return {}
         problems = load_problems(**self.config.train)
         if self.config.inspect.get("first_error") and not all("solution" in problem for problem in problems):
             raise ConfigError("section 'inspect': first_error needs a solution for every problem; set it to false")
@@ -128,6 +134,17 @@ class Chain:
         paths = (out / "pairs.jsonl", out / "positive.jsonl", out / "negative.jsonl")
         paired = _on_main(lambda: pair(out / "verdicts.jsonl", *paths, self.settings.pairing))
         return {"sample": sampled, "verify": verified, "pair": paired}
+
+    def _demonstrations(self, counts: dict[str, Any]) -> Path:
+        """What SFT, BASH and RAC learn from."""
+        if self.config.demonstrations == "positive":
+            return self.out / "positive.jsonl"
+        path = self.out / "demonstrations.jsonl"
+        counts["demonstrations"] = tokenize_demonstrations(
+            load_problems(**self.config.train), self._tokenizer(), path, settings=self._identity(),
+            max_prompt_length=self.settings.sampling.max_prompt_length,
+        )  # fmt: skip
+        return path
 
     def _tokenize(self, source: Mapping[str, Any], path: Path) -> dict[str, int]:
         return tokenize_pairs(**source, tokenizer=self._tokenizer(), out_path=path, settings=self._identity())
@@ -232,8 +249,9 @@ class Chain:
         if counts.get(f"train {name}"):
             return counts[f"train {name}"]
         settings, method = self.config.methods[name], METHODS[name]
-        if method.trainer == "sft":
-            return train_sft(self.config.model, read_records(self.out / "positive.jsonl"), self.out / name, **settings)
+        if method.scores is None:
+            demonstrations = read_records(self._demonstrations(counts))
+            return train_sft(self.config.model, demonstrations, self.out / name, method=method.trainer, **settings)
         pairs = read_records(self.score(method.scores, counts))
         return train_preference(method.trainer, self.config.model, pairs, self.out / name, **settings)
 
@@ -249,7 +267,10 @@ class Chain:
             if self.config.test.get("answers", True):
                 verdicts = self.out / "test" / f"{name}-verdicts.jsonl"
                 verify(samples, verdicts)
-                found |= evaluate_verdicts(read_records(verdicts), self.settings.ks)
+                rows = read_records(verdicts)
+                found |= evaluate_verdicts(rows, self.settings.ks)
+                if cue := self._cue(name):
+                    found["corrections"] = correction_report(rows, cue)
             if (judge := self.settings.export) is not None:
                 path = self.out / "test" / f"{name}-{judge}.json{'l' * (judge == 'arena-hard')}"
                 model = f"{Path(self.config.model['path']).name}-{name}"
@@ -263,19 +284,31 @@ class Chain:
             found |= {"preference": accuracy["preference"], "pairs": accuracy["n"]}
         return found
 
+    def _cue(self, name: str) -> str:
+        """What a method begins a correction with."""
+        if name not in METHODS or METHODS[name].trainer != "rac":
+            return ""
+        return self.config.methods[name].get("args", {}).get("cue", CorrectionSettings.cue).strip()
+
     def report(self, scores: dict[str, dict], counts: dict[str, Any]) -> dict[str, Any]:
         """Writes `summary.json` and `pairs.html`."""
         table = [self._table_row(name, score) for name, score in scores.items()]
         exports = [score["export"] for score in scores.values() if "export" in score]
-        summary = {"table": table, "scores": scores, "counts": counts, "exports": exports}
+        summary = {"table": table, "scores": scores, "counts": counts, "exports": exports, "page": None}
         summary |= _on_main(lambda: self._write_page(table)) or {}
         if _is_main():
             with atomic_path(self.out / "summary.json") as temporary:
                 temporary.write_text(json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8")
         return summary
 
+    def _title(self, name: str) -> str:
+        if name not in METHODS:
+            return name
+        learned = DEMONSTRATIONS[self.config.demonstrations] if METHODS[name].scores is None else ""
+        return METHODS[name].title + learned
+
     def _table_row(self, name: str, score: dict[str, Any]) -> dict[str, Any]:
-        row: dict[str, Any] = {"method": METHODS[name].title if name in METHODS else name}
+        row: dict[str, Any] = {"method": self._title(name)}
         if self.config.test.get("answers", True) and self.config.test:
             row |= {"accuracy [95 %]": format_interval(score["pass@1"]), "n": score["n"]}
             names = [f"{kind}@{k}" for k in self.settings.ks if k > 1 for kind in ("pass", "maj")]
@@ -302,15 +335,15 @@ class Chain:
                 met[row["id"]] += 1
                 # Two sources write `weights`; the page shows what they were made of.
                 merged[key] = merged.get(key, {}) | {k: v for k, v in row.items() if "_weights" not in k}
-        pairs = list(merged.values())
+        pairs, path = list(merged.values()), self.out / "pairs.html"
         found = mark_first_errors(pairs, tokenizer) if self.config.inspect.get("first_error") else {}
         shown = ("ce_scores", "guidance_logratios", "rollout_values", "entropies", "ref_logps")
         there = [c for c in shown if any(f"rejected_{c}" in pair for pair in pairs)]
         inspect_pairs(
-            pairs, tokenizer, self.out / "pairs.html", title="align: pairs", summary=table,
+            pairs, tokenizer, path, title="align: pairs", summary=table,
             columns=there, limit=self.config.inspect.get("limit", 300),
         )  # fmt: skip
-        return found
+        return {"page": str(path), **found}
 
 
 def mark_first_errors(pairs: list[Record], tokenizer) -> dict[str, dict[str, float]]:

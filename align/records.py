@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -99,7 +100,8 @@ def _read_parquet(path: Path) -> list[Record]:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a temporary path beside `path` that replaces it when the block ends, and vanishes when it fails."""
+    """Gives a temporary path beside `path`, for a file or a folder, that replaces it when the block ends, and vanishes when
+    it fails."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -109,6 +111,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     except OSError as error:
         raise RecordFileError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
+        shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
             temporary.unlink()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -186,8 +187,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.dev
 def run_generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SampleConfig, seed: int, **inputs: Any
 ) -> torch.Tensor:
-    """transformers' `generate` with these settings and no others: a checkpoint's own temperature, top-k or penalties would
-    otherwise fill what is not set here.
+    """transformers' `generate` with these settings and no others.
 
     Args:
         seed: decides the draws; the global random state is left as it was.
@@ -210,15 +210,28 @@ def run_generate(
         stop_strings=list(config.stop) or None,
     )
     device = inputs["input_ids"].device
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    with torch.inference_mode(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    more = {"tokenizer": tokenizer} if config.stop else {}
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with torch.inference_mode(), forked, without_generation_config(model):
         torch.manual_seed(seed)
-        try:
-            return model.generate(
-                **inputs, generation_config=options, **({"tokenizer": tokenizer} if config.stop else {})
-            )
-        finally:
-            model.generation_config = own
+        return model.generate(**inputs, generation_config=options, **more)
+
+
+@contextmanager
+def without_generation_config(model: PreTrainedModel):
+    """A checkpoint's own temperature, top-k or penalties would fill what a call of `generate` leaves open."""
+    from transformers import GenerationConfig
+
+    # PEFT's `generate` hands the wrapper's on to the base.
+    models = [model, *([model.get_base_model()] if hasattr(model, "peft_config") else [])]
+    kept = [each.generation_config for each in models]
+    for each in models:
+        each.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for each, config in zip(models, kept, strict=True):
+            each.generation_config = config
 
 
 def end_token_ids(model: PreTrainedModel, eos: int) -> list[int]:

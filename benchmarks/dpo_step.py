@@ -40,6 +40,10 @@ SMALL = {
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
 }
+SMOLLM2 = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "vocab_size": 49152, "tie_word_embeddings": True,
+}  # fmt: skip
 LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
     "vocab_size": 128256, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
@@ -48,6 +52,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "small, V=400": {"config": SMALL | {"vocab_size": 400}, "dtype": "float32"},
     "small, V=32k": {"config": SMALL | {"vocab_size": 32000}, "dtype": "float32"},
     "small, V=32k, LoRA": {"config": SMALL | {"vocab_size": 32000}, "dtype": "float32", "lora": True},
+    "SmolLM2-135M, LoRA": {"config": SMOLLM2, "dtype": "float32", "lora": True, "slow": True},
     "Llama-3-8B, LoRA": {"config": LLAMA_8B, "dtype": "bfloat16", "lora": True, "checkpointing": True},
     "Llama-3-8B, QLoRA": {
         "config": LLAMA_8B,
@@ -86,8 +91,8 @@ def make_model(spec: dict[str, Any], device: str, attention: str):
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        **spec["config"], max_position_embeddings=8704, pad_token_id=0, eos_token_id=1, attn_implementation=attention,
-        tie_word_embeddings=False,
+        **{"tie_word_embeddings": False} | spec["config"], max_position_embeddings=8704, pad_token_id=0, eos_token_id=1,
+        attn_implementation=attention,
     )  # fmt: skip
     if spec.get("quantization"):
         from transformers import AutoModelForCausalLM
@@ -216,7 +221,7 @@ class Sides:
 
     def flops(self) -> float:
         """Of a step on the tokens that have to be computed, each once: 2 per weight and token forward, 2 for the gradient of
-        activations, 2 for that of trained weights; the head on labelled positions; attention as a causal row's."""
+        activations, 2 for that of trained weights; the head on labelled positions; attention from each token to what it sees."""
         base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         config = base.config
         head_dim = config.hidden_size // config.num_attention_heads
@@ -230,7 +235,8 @@ class Sides:
         for p in self.pairs:
             slots = pair_slots(p["prompt_ids"] + p["chosen_ids"], p["prompt_ids"] + p["rejected_ids"])
             tokens, labelled = tokens + slots, labelled + len(p["chosen_ids"]) + len(p["rejected_ids"])
-            scores += sum((len(p["prompt_ids"]) + len(p[f"{s}_ids"])) ** 2 / 2 for s in ("chosen", "rejected"))
+            prompt, sides = len(p["prompt_ids"]), (len(p["chosen_ids"]), len(p["rejected_ids"]))
+            scores += prompt**2 / 2 + sum(n * (prompt + n / 2) for n in sides)
         return (
             factor * (linear * tokens + head * labelled)
             + 6 * config.num_hidden_layers * 2 * config.hidden_size * scores
@@ -313,7 +319,8 @@ def peak_memory(name: str, shape: str, count: int, attention: str) -> dict[str, 
 
 def main(
     model: Annotated[
-        list[str] | None, typer.Option(help=f"One of {', '.join(MODELS)}; by default those for the device.")
+        list[str] | None,
+        typer.Option(help=f"One of {', '.join(MODELS)}; by default small ones on a CPU, large ones on a GPU."),
     ] = None,
     shape: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SHAPES)}; all by default.")] = None,
     pairs: Annotated[int, typer.Option(help="Pairs per step; one for shape 4k.")] = 8,
@@ -335,7 +342,8 @@ def main(
         return
     from align.report import markdown_table
 
-    names = model or [n for n, spec in MODELS.items() if (device == "cpu") == (spec["dtype"] == "float32")]
+    usual = [name for name, spec in MODELS.items() if not spec.get("slow")]
+    names = model or [name for name in usual if (device == "cpu") == (MODELS[name]["dtype"] == "float32")]
     results = []
     for name in names:
         for kind in shape or SHAPES:

@@ -60,6 +60,20 @@ def test_two_processes_log_the_losses_of_one(tmp_path, aggregation, budget):
         assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["bash", "rac"])
+def test_two_processes_draw_the_contexts_of_one(tmp_path, kind):
+    """Each draws a share of every window; the union, and what is learned from it, is the same."""
+    found = []
+    for processes in (1, 2):
+        script = [str(TESTS / "ddp_contexts.py"), kind, str(tmp_path / str(processes))]
+        out = launch(processes, *script, port=29630 + processes)
+        assert f"PROCESSES {processes}\n" in out
+        found.append(json.loads(out.split("LOGGED", 1)[1]))
+    one, two = found
+    assert two["contexts"] == one["contexts"] and len(one["contexts"]) == 28
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5) and len(one["losses"]) == 7
+
+
 def test_processes_with_caches_of_their_own_agree(tmp_path):
     """Only the first process keeps what was computed; the second time, the others have it from there."""
     out = launch(2, str(TESTS / "ddp_reference.py"), str(tmp_path), port=29620)

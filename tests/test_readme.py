@@ -127,3 +127,15 @@ def test_convergence_is_quoted_as_measured():
     near = result["weights within 0.1 of 1"]
     assert f"{100 * near['TGDPO, α 0.5']:.1f} % of whose weights" in README
     assert f"({100 - 100 * near['TGDPO, α 2']:.1f} % of them by more" in README
+
+
+def test_the_tgdpo_step_is_quoted_as_measured():
+    rows = json.loads((ROOT / "benchmarks/results/tgdpo_step.json").read_text())
+    for name, row in zip(("full fine-tuning", "LoRA"), rows, strict=True):
+        times = [row["seconds per step, all models every step"], row["seconds per step, cached"], row["ratio"]]
+        cells = [
+            *(f"{t:.2f}" for t in times),
+            f"{row['weights MB, every step']:.0f} → {row['weights MB, cached']:.0f}",
+            f"{row['largest relative difference of a loss']:.0e}",
+        ]
+        assert f"| {name} | {' | '.join(cells)} |" in README, name

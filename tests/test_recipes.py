@@ -14,13 +14,14 @@ from align.errors import ConfigError, ModelLoadError
 from align.pipeline import Chain
 from align.problems import load_problems
 from align.records import read_records, write_records
-from align.trainers.training import PREFERENCE_TRAINERS, _arguments
+from align.trainers.training import PREFERENCE_TRAINERS, SFT_TRAINERS, _arguments
 
 ROOT = Path(__file__).parent.parent
 ALL = ROOT / "benchmarks/tiny_methods.yaml"
 CONFIGS = [*sorted((ROOT / "recipes/configs").rglob("*.yaml")), ALL]
 TINY = ROOT / "recipes/configs/cdpo/tiny-arithmetic.yaml"
 TGDPO = ROOT / "recipes/configs/tgdpo/tiny-arithmetic.yaml"
+MEASURED = (TINY, ALL, *(ROOT / f"recipes/configs/{method}/tiny-arithmetic.yaml" for method in ("bash", "rac")))
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 SMALL = [
     "train.limit=12", "test.limit=8", "sample.n=4", "contrastive.args.max_steps=2", "methods.sft.args.max_steps=1",
@@ -53,15 +54,17 @@ def test_every_configuration_is_understood(path, tmp_path):
         LoraConfig(**config.contrastive["lora"])
     for name, settings in config.methods.items():
         trainer = METHODS[name].trainer
-        cls = SFTConfig if trainer == "sft" else PREFERENCE_TRAINERS[trainer].config_class
+        cls = SFT_TRAINERS[trainer][0] if trainer in SFT_TRAINERS else PREFERENCE_TRAINERS[trainer].config_class
         _arguments(cls, {**settings["args"], **cpu}, tmp_path)
         LoraConfig(**settings.get("lora") or {})
-    ours = "tgdpo" if path.parent.name == "tgdpo" else "cdpo"
-    assert set(config.methods) >= {"dpo", ours}
-    config.methods[ours]["args"].pop("alpha", None)
-    rates = [config.methods[method]["args"].pop("learning_rate") for method in ("dpo", ours)]
-    assert config.methods["dpo"] == config.methods[ours]  # a fair baseline …
-    assert path in (TINY, ALL) or rates[0] == rates[1]  # … each with its own best rate where that was measured
+    ours = path.parent.name if path.parent.name in METHODS else "cdpo"
+    baseline = "sft" if METHODS[ours].scores is None else "dpo"
+    assert set(config.methods) >= {baseline, ours}
+    for own in ("alpha", "epsilon", "epsilon_schedule", "cue", "max_new_tokens"):
+        config.methods[ours]["args"].pop(own, None)
+    rates = [config.methods[method]["args"].pop("learning_rate") for method in (baseline, ours)]
+    assert config.methods[baseline] == config.methods[ours]  # a fair baseline …
+    assert path in MEASURED or rates[0] == rates[1]  # … each with its own best rate where that was measured
 
 
 def test_mistakes_in_a_configuration_are_named(tmp_path):

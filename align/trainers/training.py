@@ -23,6 +23,7 @@ from ..records import Record, check_records
 from ..stages import is_complete, manifest_path, read_manifest, records_hash, write_manifest
 from ..tokens import check_row_ids
 from .cdpo import CDPOTrainer
+from .self_generated import BASHConfig, BASHTrainer, RACConfig, RACTrainer
 from .tgdpo import TGDPOTrainer
 from .token_dpo import TokenDPOTrainer
 
@@ -33,6 +34,13 @@ PREFERENCE_TRAINERS = {
     "token_dpo": TokenDPOTrainer,
     "cdpo": CDPOTrainer,
     "tgdpo": TGDPOTrainer,
+}
+
+#: Methods that train on demonstrations, by the name a configuration gives them.
+SFT_TRAINERS = {
+    "sft": (SFTConfig, SFTTrainer),
+    "bash": (BASHConfig, BASHTrainer),
+    "rac": (RACConfig, RACTrainer),
 }
 
 #: What a pair carries for TokenDPO and its subclasses, besides ids.
@@ -59,7 +67,7 @@ def check_training(
     lora: Mapping[str, Any] | None = None,
 ) -> None:
     """Raises a ConfigError where a training could not begin with these settings: see `train_sft`, `train_preference`."""
-    cls = SFTConfig if method == "sft" else PREFERENCE_TRAINERS[method].config_class
+    cls = SFT_TRAINERS[method][0] if method in SFT_TRAINERS else PREFERENCE_TRAINERS[method].config_class
     try:
         _arguments(cls, args or {}, Path(out_dir))
         _lora(lora)
@@ -82,16 +90,18 @@ def train_sft(
     *,
     args: Mapping[str, Any] | None = None,
     lora: Mapping[str, Any] | None = None,
+    method: str = "sft",
 ) -> dict[str, Any]:
-    """Supervised fine-tuning on demonstration records with TRL's `SFTTrainer`; the loss is on completions alone.
+    """Supervised fine-tuning on demonstration records; the loss is on completions alone.
 
     Args:
         model: arguments of `align.load_model`, `path` among them; without `lora` its weights are held in float32, whatever
             its `dtype`, and `bf16=True` computes in bfloat16.
         demonstrations: records with `prompt_ids` and `completion_ids`; nothing is tokenized again.
         out_dir: where the adapter (or, without `lora`, the model) and its tokenizer are saved.
-        args: fields of `trl.SFTConfig`.
+        args: fields of `trl.SFTConfig`, `BASHConfig` or `RACConfig`.
         lora: fields of `peft.LoraConfig`; `None` trains all weights.
+        method: `sft`, TRL's `SFTTrainer`; `bash` or `rac`, on the model's own tokens.
 
     Returns:
         `steps`, `train_loss`, `train_runtime` in seconds, `rows`, `prompt_fills_max_length` (dropped); empty where the
@@ -101,7 +111,10 @@ def train_sft(
         ConfigError: an unknown field, or `out_dir` holds something else.
         RecordError, MissingColumnError: a row that cannot be trained on, or no row at all.
     """
-    config = _arguments(SFTConfig, {"completion_only_loss": True, **(args or {})}, Path(out_dir))
+    if method not in SFT_TRAINERS:
+        raise ConfigError(f"method {method!r} is unknown; there are {', '.join(SFT_TRAINERS)}")
+    config_class, trainer_class = SFT_TRAINERS[method]
+    config = _arguments(config_class, {"completion_only_loss": True, **(args or {})}, Path(out_dir))
     check_records(demonstrations, "demonstration", source="demonstrations")
     rows = [
         {
@@ -122,8 +135,8 @@ def train_sft(
     def build(base, tokenizer, directory: Path) -> SFTTrainer:
         for index, row in enumerate(demonstrations):
             check_row_ids(row, index, ("prompt_ids", "completion_ids"), vocab_size(base))
-        config = _arguments(SFTConfig, {"completion_only_loss": True, **(args or {})}, directory)
-        return SFTTrainer(
+        config = _arguments(config_class, {"completion_only_loss": True, **(args or {})}, directory)
+        return trainer_class(
             base,
             args=config,
             train_dataset=Dataset.from_list(rows),
@@ -131,7 +144,7 @@ def train_sft(
             peft_config=_lora(lora),
         )
 
-    counts = _train("sft", model, rows, out_dir, build, {"args": dict(args or {}), "lora": lora})
+    counts = _train(method, model, rows, out_dir, build, {"args": dict(args or {}), "lora": lora})
     return counts and counts | {"prompt_fills_max_length": dropped}
 
 

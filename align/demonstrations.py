@@ -1,0 +1,100 @@
+"""Demonstrations: prompt and completion of problems that come with a solution, tokenized once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .errors import MissingColumnError, RecordError
+from .problems import load_problems
+from .records import Record, read_records, row_name
+from .stages import records_hash, run_in_parts
+from .tokens import encode_completion, encode_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROWS_PER_PART = 1000
+
+
+def tokenize_demonstrations(
+    problems: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    out_path: str | os.PathLike,
+    *,
+    max_prompt_length: int | None = None,
+    settings: dict[str, Any] | None = None,
+) -> dict[str, int]:
+    """Writes demonstration records of problems with solutions.
+
+    Args:
+        problems: problem records, each with `solution`.
+        out_path: demonstrations, JSONL or Parquet.
+        max_prompt_length: rows whose prompt is longer, in tokens, are left out and counted.
+        settings: what else the ids depend on (the tokenizer's hash), for resuming.
+
+    Returns:
+        Counts: `rows`, `source_rows`, `prompt_too_long`.
+
+    Raises:
+        MissingColumnError: a problem has no solution.
+        RecordError: see `align.tokens.encode_completion`; or no row is left.
+    """
+    for index, problem in enumerate(problems):
+        _check_solution(problem, f"problems, {row_name(problem, index)}")
+    parts = [range(i, min(i + ROWS_PER_PART, len(problems))) for i in range(0, len(problems), ROWS_PER_PART)]
+
+    def compute(_number: int, part: range) -> list[Record]:
+        rows = []
+        for index in part:
+            row = encode_demonstration(tokenizer, problems[index], f"problems, {row_name(problems[index], index)}")
+            too_long = max_prompt_length is not None and len(row["prompt_ids"]) > max_prompt_length
+            # A row left out leaves a trace, so that a run that is resumed counts it, too.
+            rows.append({"_row": index, **({"_dropped": True} if too_long else row)})
+        return rows
+
+    def finish(rows: list[Record]) -> None:
+        rows[:] = [row for row in rows if "_dropped" not in row]
+        if not rows:
+            raise RecordError(
+                f"none of the {len(problems)} prompts fits max_prompt_length = {max_prompt_length}; raise it"
+            )
+
+    return run_in_parts(
+        out_path, parts, compute, stage="demonstrations", order=lambda row: row.pop("_row"), finish=finish,
+        settings={"problems": records_hash(problems), "max_prompt_length": max_prompt_length, **(settings or {})},
+        count=lambda rows: {"source_rows": len(problems), "prompt_too_long": len(problems) - len(rows)},
+    )  # fmt: skip
+
+
+def load_demonstrations(source: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[Record]:
+    """Demonstration records of a file that has ids, or of problems with solutions, a file or a hub data set.
+
+    Args:
+        options: of `load_problems`, for problems.
+
+    Raises:
+        MissingColumnError, RecordError: a row has no solution, or ids that cannot be.
+    """
+    if os.path.splitext(source)[1] in (".jsonl", ".parquet") and os.path.isfile(source):
+        rows = read_records(source)
+        if rows and "completion_ids" in rows[0]:
+            limit = options.get("limit")
+            return read_records(source, "demonstration")[:limit]
+    problems = load_problems(source, **options)
+    return [encode_demonstration(tokenizer, p, f"{source}, {row_name(p, index)}") for index, p in enumerate(problems)]
+
+
+def encode_demonstration(tokenizer: PreTrainedTokenizerBase, problem: Record, name: str) -> Record:
+    """One problem with a solution as a demonstration record; `name` is how an error names it."""
+    _check_solution(problem, name)
+    solution, prompt_ids = problem["solution"], encode_prompt(tokenizer, problem["prompt"], f"{name}: prompt")
+    ids = encode_completion(tokenizer, problem["prompt"], solution, prompt_ids, f"{name}: solution")
+    known = {key: problem[key] for key in ("id", "prompt", "answer")}
+    return {**known, "completion": solution, "prompt_ids": prompt_ids, "completion_ids": ids}
+
+
+def _check_solution(problem: Record, name: str) -> None:
+    if not problem.get("solution"):
+        raise MissingColumnError(f"{name}: no solution to learn from; give a column solution or completion")

@@ -1,0 +1,321 @@
+"""Reverse speculative decoding: the teacher proposes a token, the student accepts it where it is probable enough (Kim et al.,
+2025, arXiv 2509.22230).
+
+With teacher p_T, student p_S (both after temperature, top-p and top-k), A the tokens whose raw probability under the student is
+at least τ, a = p_T(A) and n draws of the teacher, one step draws v from
+
+    q(v) = (1 − (1−a)ⁿ) · p_T(v) · 1[v ∈ A] / a + (1−a)ⁿ · p_S(v)        (a = 0: q = p_S)
+
+With `lookahead` 0 the draws are made one by one, as the method is told. With γ > 0 the student drafts γ tokens and the teacher
+sees them all in one pass: speculative sampling (Leviathan et al. 2023) with target q and draft p_S gives the same distribution.
+Which model a token came from is then drawn given the token: P(teacher | v) is the first summand's share of q(v).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .decoding import Decoding, Policy, warp
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Where a token comes from.
+TEACHER, STUDENT = "teacher", "student"
+
+
+@dataclass(frozen=True)
+class RSDConfig:
+    """How traces are drawn; the values of the probable author script are in METHODS.
+
+    Args:
+        threshold: τ, the least raw probability under the student of a token that it accepts.
+        draws: n, how often the teacher may propose before the student's own sample is taken.
+        lookahead: γ, tokens that the student drafts per pass of the teacher; 0 is the plain loop. It changes speed alone.
+        max_new_tokens: longest trace, end token included.
+        teacher_temperature, student_temperature: 0 is greedy.
+        top_p, top_k: of both distributions; `top_k` 0 is the whole vocabulary.
+        seed: decides, with the number of a prompt, all of its draws.
+    """
+
+    threshold: float = 0.01
+    draws: int = 1
+    lookahead: int = 4
+    max_new_tokens: int = 8192
+    teacher_temperature: float = 0.7
+    student_temperature: float = 0.7
+    top_p: float = 0.95
+    top_k: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError(f"threshold = {self.threshold} must lie in [0, 1]; it is a probability")
+        for name, low in (("draws", 1), ("lookahead", 0), ("max_new_tokens", 1), ("top_k", 0)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name} = {getattr(self, name)} must be at least {low}")
+        for name in ("teacher_temperature", "student_temperature"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} = {getattr(self, name)} must be at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p = {self.top_p} must lie in (0, 1]")
+
+
+@dataclass
+class Trace:
+    """What was drawn after one prompt.
+
+    Args:
+        completion_ids: end token included, where it ended.
+        sources: per token, `teacher` or `student`.
+        teacher_probs, student_probs: per token, its raw probability under either model, before temperature, top-p and top-k.
+        finish_reason: `stop`; `length` at `max_new_tokens`; `context` where a model's context is full; `empty_prompt` and
+            `prompt_too_long` where nothing could be drawn.
+        rounds: passes of the teacher that it took part in, the prompt's included.
+    """
+
+    completion_ids: list[int] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    teacher_probs: list[float] = field(default_factory=list)
+    student_probs: list[float] = field(default_factory=list)
+    finish_reason: str = ""
+    rounds: int = 0
+
+
+def target_distribution(
+    teacher: torch.Tensor, student: torch.Tensor, accepted: torch.Tensor, draws: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and its teacher's summand.
+
+    Args:
+        teacher, student: (…, V) probabilities p_T and p_S.
+        accepted: (…, V) bool, A.
+        draws: n.
+
+    Returns:
+        Two (…, V) tensors; the first sums to 1, the second to 1 − (1−a)ⁿ.
+    """
+    inside = teacher * accepted
+    mass = inside.sum(-1, keepdim=True)
+    refused = (1 - mass).clamp(min=0) ** draws
+    proposed = torch.where(mass > 0, (1 - refused) * inside / mass.clamp(min=1e-30), torch.zeros_like(inside))
+    refused = torch.where(mass > 0, refused, torch.ones_like(refused))
+    return proposed + refused * student, proposed
+
+
+def reverse_speculative_decode(
+    teacher: PreTrainedModel | tuple[Any, str | None],
+    student: PreTrainedModel | tuple[Any, str | None],
+    prompt_ids: Sequence[Sequence[int]],
+    config: RSDConfig,
+    eos_token_id: int | Sequence[int],
+    numbers: Sequence[int] | None = None,
+) -> list[Trace]:
+    """Draws a trace after every prompt, all of them at once.
+
+    Args:
+        teacher, student: causal LMs in eval mode with the same token ids (see `align.vocabulary`), of full attention; or pairs of
+            a PEFT model and the name of its adapter (`None`: the bare base), so that both may share a base.
+        prompt_ids: ids of each prompt.
+        eos_token_id: what ends a trace.
+        numbers: of every prompt, what decides its draws beside the seed; its place by default. With it, a trace does not depend
+            on which others are drawn with it.
+
+    Returns:
+        One trace per prompt, in their order.
+
+    Raises:
+        ConfigError: a model whose attention does not let slots of its cache be left out.
+    """
+    policies = Policy.of(teacher), Policy.of(student)
+    for policy, role in zip(policies, (TEACHER, STUDENT), strict=True):
+        policy.check(role)
+    context = min((policy.context for policy in policies if policy.context is not None), default=None)
+    traces, rows = [Trace() for _ in prompt_ids], []
+    for index, ids in enumerate(prompt_ids):
+        if not ids:
+            traces[index].finish_reason = "empty_prompt"
+        elif context is not None and len(ids) >= context:
+            traces[index].finish_reason = "prompt_too_long"
+        else:
+            number = index if numbers is None else numbers[index]
+            room = config.max_new_tokens if context is None else min(config.max_new_tokens, context - len(ids))
+            reason = "length" if room == config.max_new_tokens else "context"
+            draw = random.Random(f"{config.seed}-{number}")
+            rows.append(_Row(list(ids), traces[index], draw, room, reason))
+    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+    if rows:
+        with torch.inference_mode():
+            _draw(policies, rows, config, ends)
+    return traces
+
+
+@dataclass
+class _Row:
+    """A row that is being drawn: at most `room` tokens, and why it ends there."""
+
+    prompt: list[int]
+    trace: Trace
+    draw: random.Random
+    room: int
+    reason: str
+
+    @property
+    def last(self) -> int:
+        return (self.trace.completion_ids or self.prompt)[-1]
+
+
+@dataclass
+class _Seen:
+    """What both models make of a round's positions: (B, γ+1, V) each.
+
+    Args:
+        teacher, student: p_T and p_S.
+        raw_teacher, raw_student: the same before temperature, top-p and top-k.
+        accepted: A.
+    """
+
+    teacher: torch.Tensor
+    student: torch.Tensor
+    raw_teacher: torch.Tensor
+    raw_student: torch.Tensor
+    accepted: torch.Tensor
+
+
+def _draw(policies: tuple[Policy, Policy], rows: list[_Row], config: RSDConfig, ends: set[int]) -> None:
+    """Rounds of drafts and a pass of the teacher, until all rows have ended; those that end leave the batch."""
+    decoding, device = Decoding(policies, [row.prompt for row in rows]), policies[0].device
+    while rows:
+        last = torch.tensor([[row.last] for row in rows], device=device)
+        fed = [last]
+        student = []
+        for number in range(config.lookahead + 1):
+            logits = decoding.feed(1, fed[-1], before=number)[:, 0].float().to(device)
+            student.append(logits)
+            if number < config.lookahead:
+                probabilities = warp(_common(logits, policies), config.student_temperature, config.top_p, config.top_k)
+                fed.append(_inverse(probabilities, _uniforms(rows, device))[:, None])
+        drafts = torch.cat(fed, 1)
+        seen = _see(decoding.feed(0, drafts).float(), torch.stack(student, 1), policies, config)
+        if config.lookahead:
+            tokens, kept, proposed = _speculate(seen, drafts[:, 1:], rows, config)
+        else:
+            tokens, kept, proposed = _step(seen, rows, config)
+        decoding.commit(kept.cpu() + 1, drafts.shape[1])
+        alive = _append(seen, tokens, kept, proposed, rows, ends)
+        if len(alive) < len(rows):
+            rows = [rows[i] for i in alive]
+            if rows:
+                decoding.keep_rows(alive)
+
+
+def _common(logits: torch.Tensor, policies: Sequence[Policy]) -> torch.Tensor:
+    """Logits of the ids that all models know: vocabularies padded to different sizes are one."""
+    return logits[..., : min(policy.model.config.get_text_config().vocab_size for policy in policies)]
+
+
+def _uniforms(rows: Sequence[_Row], device: torch.device, each: int | None = None) -> torch.Tensor:
+    """(B,) or (B, each) numbers in [0, 1), each row's from its own generator."""
+    numbers = [row.draw.random() if each is None else [row.draw.random() for _ in range(each)] for row in rows]
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
+def _inverse(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """(B, V) weights and (B,) numbers in [0, 1) -> (B,) tokens."""
+    passed = probabilities.double().cumsum(-1)
+    found = torch.searchsorted(passed, uniforms[:, None] * passed[:, -1:], right=True)[:, 0]
+    return found.clamp(max=probabilities.shape[-1] - 1)
+
+
+def _see(teacher: torch.Tensor, student: torch.Tensor, policies: Sequence[Policy], config: RSDConfig) -> _Seen:
+    raw_teacher, raw_student = (_common(logits.softmax(-1), policies) for logits in (teacher, student))
+    warped = [
+        warp(_common(logits, policies), temperature, config.top_p, config.top_k)
+        for logits, temperature in ((teacher, config.teacher_temperature), (student, config.student_temperature))
+    ]
+    return _Seen(*warped, raw_teacher, raw_student, raw_student >= config.threshold)
+
+
+def _step(seen: _Seen, rows: list[_Row], config: RSDConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The plain step: the teacher draws until the student accepts, n times at most; then the student draws.
+
+    Returns:
+        (B, 1) tokens, (B,) how many drafts were accepted (none: there are none), (B, 1) whether the teacher's.
+    """
+    device = seen.teacher.device
+    tokens = torch.empty(len(rows), 1, dtype=torch.long, device=device)
+    proposed = torch.zeros(len(rows), 1, dtype=torch.bool, device=device)
+    waiting = list(range(len(rows)))
+    for _ in range(config.draws):
+        if not waiting:
+            break
+        drawn = _inverse(seen.teacher[waiting, 0], _uniforms([rows[i] for i in waiting], device))
+        accepted = seen.accepted[waiting, 0].gather(1, drawn[:, None])[:, 0]
+        for i, token, good in zip(waiting, drawn.tolist(), accepted.tolist(), strict=True):
+            if good:
+                tokens[i, 0], proposed[i, 0] = token, True
+        waiting = [i for i, good in zip(waiting, accepted.tolist(), strict=True) if not good]
+    if waiting:
+        tokens[waiting, 0] = _inverse(seen.student[waiting, 0], _uniforms([rows[i] for i in waiting], device))
+    return tokens, torch.zeros(len(rows), dtype=torch.long, device=device), proposed
+
+
+def _speculate(
+    seen: _Seen, drafts: torch.Tensor, rows: list[_Row], config: RSDConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Speculative sampling with target q and draft p_S.
+
+    Args:
+        drafts: (B, γ) tokens drawn from p_S.
+
+    Returns:
+        (B, γ+1) tokens, of which a row's first `accepted` + 1 count, (B,) how many drafts were accepted, (B, γ+1) whether a
+        token is the teacher's.
+    """
+    (count, ahead), device = drafts.shape, drafts.device
+    target, share = target_distribution(seen.teacher, seen.student, seen.accepted, config.draws)
+    ours, theirs = (p[:, :ahead].gather(2, drafts[:, :, None])[:, :, 0] for p in (target, seen.student))
+    good = _uniforms(rows, device, ahead) * theirs.double() < ours.double()
+    kept = good.long().cumprod(1).sum(1)
+    at = torch.arange(count, device=device)
+    # Behind the last draft there is none to refuse: what is missing there is all of q.
+    draft = torch.cat([seen.student[:, :ahead], torch.zeros_like(seen.student[:, :1])], 1)[at, kept]
+    missing = (target[at, kept] - draft).clamp(min=0)
+    # q and p_S are then the same but for rounding, and any draw of q is right.
+    missing = torch.where(missing.sum(-1, keepdim=True) > 0, missing, target[at, kept])
+    tokens = torch.cat([drafts, torch.zeros_like(drafts[:, :1])], 1)
+    tokens[at, kept] = _inverse(missing, _uniforms(rows, device))
+    whole, of_teacher = (p.gather(2, tokens[:, :, None])[:, :, 0] for p in (target, share))
+    return tokens, kept, _uniforms(rows, device, ahead + 1) * whole < of_teacher
+
+
+def _append(
+    seen: _Seen, tokens: torch.Tensor, kept: torch.Tensor, proposed: torch.Tensor, rows: list[_Row], ends: set[int]
+) -> list[int]:
+    """Adds a round's tokens to the traces; the rows that go on."""
+    raw = [p.gather(2, tokens[:, :, None])[:, :, 0].tolist() for p in (seen.raw_teacher, seen.raw_student)]
+    tokens, proposed, alive = tokens.tolist(), proposed.tolist(), []
+    for i, (row, count) in enumerate(zip(rows, (kept + 1).tolist(), strict=True)):
+        trace = row.trace
+        trace.rounds += 1
+        for j in range(count):
+            token = tokens[i][j]
+            trace.completion_ids.append(token)
+            trace.sources.append(TEACHER if proposed[i][j] else STUDENT)
+            trace.teacher_probs.append(raw[0][i][j])
+            trace.student_probs.append(raw[1][i][j])
+            if token in ends:
+                trace.finish_reason = "stop"
+            elif len(trace.completion_ids) == row.room:
+                trace.finish_reason = row.reason
+            if trace.finish_reason:
+                break
+        else:
+            alive.append(i)
+    return alive

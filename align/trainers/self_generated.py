@@ -1,0 +1,290 @@
+"""BASH and RAC on TRL's `SFTTrainer`: what is trained on holds the model's own tokens, drawn every few updates.
+
+One seam, `get_batch_samples`, where the Trainer collects the batches of an update: the batches of the next `refresh_steps`
+updates are read ahead, their contexts are drawn at once with the policy of that moment, and handed out. Loss, metrics,
+collator and everything after are TRL's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from trl import SFTConfig, SFTTrainer
+
+from ..contexts import MixedRow, OwnTokens, draw_contexts, mixed_row
+from ..errors import ConfigError, RecordFileError
+from ..mix import IGNORED, Example, epsilon_at
+from ..rac import CorrectionSettings, draw_corrections
+from ..records import Record, read_records, write_records
+
+#: In a checkpoint's folder: contexts that are drawn and not yet trained on.
+CONTEXTS_FILE = "contexts.jsonl"
+
+
+@dataclass
+class SelfGeneratedConfig(SFTConfig):
+    """What BASH and RAC have in common.
+
+    Args:
+        refresh_steps: updates whose contexts are drawn at once. A window ends with its epoch.
+        generation_tokens: budget of a batch that is drawn, padding included.
+        contexts_limit: windows whose contexts are kept in `output_dir/contexts`, to be looked at; `None` keeps all, 0 none. A
+            checkpoint holds those that it needs to go on.
+    """
+
+    completion_only_loss: bool | None = field(default=True, metadata={"help": "Loss on completions alone."})
+    refresh_steps: int = field(default=16, metadata={"help": "Updates whose contexts are drawn at once."})
+    generation_tokens: int = field(default=16384, metadata={"help": "Token budget of a batch that is drawn."})
+    contexts_limit: int | None = field(default=2, metadata={"help": "Windows kept in output_dir/contexts."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, low in (("refresh_steps", 1), ("generation_tokens", 1), ("contexts_limit", 0)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ConfigError(f"{name} = {value} must be at least {low}")
+        for name in ("packing", "padding_free", "eval_packing"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"{name} is not supported by {type(self).__name__}: contexts are drawn per row; set it to False"
+                )
+
+
+@dataclass
+class BASHConfig(SelfGeneratedConfig):
+    """Settings of batch-scheduled sampling; METHODS: the mixing rate is no published figure.
+
+    Args:
+        epsilon: chance that a context token is the model's own.
+        epsilon_schedule: see `align.mix.epsilon_at`.
+        generation, passes, temperature: see `align.contexts.OwnTokens`.
+    """
+
+    epsilon: float = field(default=0.25, metadata={"help": "Chance of an own token in the context."})
+    epsilon_schedule: str = field(default="constant", metadata={"help": "constant, linear or inverse_sigmoid."})
+    generation: str = field(default="parallel", metadata={"help": "parallel or autoregressive."})
+    passes: int = field(default=1, metadata={"help": "Passes of parallel draws."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the draws."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        epsilon_at(0, 1, self.epsilon, self.epsilon_schedule)
+        self.own_tokens()
+
+    def own_tokens(self) -> OwnTokens:
+        """The settings of the draws."""
+        return OwnTokens(self.generation, self.passes, self.temperature, self.generation_tokens)
+
+
+@dataclass
+class RACConfig(SelfGeneratedConfig):
+    """Settings of reference-answer-based correction: see `align.rac.CorrectionSettings`."""
+
+    cue: str = field(default=CorrectionSettings.cue, metadata={"help": "Text between own tokens and reference."})
+    prefix_fraction: tuple[float, float] = field(
+        default=(0.0, 1.0), metadata={"help": "Least and largest share of a generation that is kept."}
+    )
+    keep_correct_share: float = field(
+        default=CorrectionSettings.keep_correct_share,
+        metadata={"help": "Share of right generations that are left uncorrected."},
+    )
+    max_new_tokens: int = field(default=512, metadata={"help": "Longest generation."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the generations."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.prefix_fraction = tuple(self.prefix_fraction)
+        self.corrections()
+
+    def corrections(self) -> CorrectionSettings:
+        """The settings of the examples."""
+        return CorrectionSettings(
+            self.cue, self.prefix_fraction, self.keep_correct_share, self.max_new_tokens, self.temperature,
+            self.max_length, self.generation_tokens,
+        )  # fmt: skip
+
+
+@dataclass
+class Place:
+    """One example of a window.
+
+    Args:
+        step: the update it belongs to.
+        position: its place in that update's global batch: the same in any number of processes.
+        source: the ground truth.
+    """
+
+    step: int
+    position: int
+    source: Example
+
+
+class SelfGeneratedTrainer(SFTTrainer):
+    """Reads ahead, has contexts drawn, stores them; subclasses say how in `draw`."""
+
+    config_class = SelfGeneratedConfig
+
+    def __init__(self, model: Any, args: SelfGeneratedConfig | None = None, **kwargs: Any) -> None:
+        if args is None:
+            args = self.config_class("trainer_output")
+        if not isinstance(args, self.config_class):
+            raise ConfigError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(args).__name__}"
+            )
+        super().__init__(model, args=args, **kwargs)
+        if self._is_vision_dataset:
+            raise ConfigError(f"{type(self).__name__} does not know images; use text data")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ConfigError(
+                f"{type(self).__name__} draws with the whole model in every process; FSDP and DeepSpeed, which shard it, "
+                "are not supported: launch with recipes/accelerate/ddp.yaml"
+            )
+        self._iterator: Iterator | None = None
+        self._held: list[dict[str, Any]] = []  # read ahead of the window
+        self._ready: list[dict[str, Any]] = []  # micro-batches of the window that are still to be trained on
+        self._records: list[Record] = []  # their contexts, those of all processes
+        self._stored: list[Record] = []  # of the checkpoint
+
+    def draw(self, places: Sequence[Place]) -> list[Record]:
+        """Trained-on examples of a window's places, all processes' together: records with `input_ids` and `labels`, and what
+        else is worth a look, the same in every process."""
+        raise NotImplementedError
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, Any]:
+        if epoch_iterator is not self._iterator:
+            self._iterator, self._held, self._ready = epoch_iterator, [], []
+        if not self._ready:
+            self._read_window()
+        batches, self._ready = self._ready[:num_batches], self._ready[num_batches:]
+        return super().get_batch_samples(iter(batches), num_batches, device)
+
+    def _read_window(self) -> None:
+        """Reads the batches of the next updates and puts contexts into them."""
+        first = self.state.global_step
+        stored, self._stored = [row for row in self._stored if row["step"] >= first], []
+        steps = 1 + max(row["step"] for row in stored) - first if stored else self.args.refresh_steps
+        wanted = min(steps, self.state.max_steps - first) * self.args.gradient_accumulation_steps
+        # One more than is needed: where that is an epoch's last, the loader is at its end, and says so to whoever gathers
+        # metrics, only when it has been asked for another.
+        batches = self._held + list(islice(self._iterator, wanted + 1 - len(self._held)))
+        batches, self._held = batches[:wanted], batches[wanted:]
+        places = [self._places(first, number, batch) for number, batch in enumerate(batches)]
+        mine = [place for of_batch in places for place in of_batch]
+        everyones = sorted(gather_object(mine), key=lambda place: (place.step, place.position))
+        self._records = self._found(stored, everyones) or self._drawn(everyones)
+        by_place = {(row["step"], row["position"]): row for row in self._records}
+        for of_batch in places:
+            rows = [by_place[place.step, place.position] for place in of_batch]
+            self._ready.append(self.data_collator([{k: row[k] for k in ("input_ids", "labels")} for row in rows]))
+
+    def _places(self, first: int, number: int, batch: dict[str, Any]) -> list[Place]:
+        """Where the rows of this process's micro-batch `number` of the window stand, and their ground truth."""
+        step, micro = divmod(number, self.args.gradient_accumulation_steps)
+        process = self.accelerator.process_index + micro * self.accelerator.num_processes
+        places = []
+        for row, mask in enumerate(batch["attention_mask"].bool()):
+            source = Example(*(batch[name][row][mask].tolist() for name in ("input_ids", "labels")))
+            places.append(Place(first + step, process * self.args.per_device_train_batch_size + row, source))
+        return places
+
+    def _found(self, stored: list[Record], places: list[Place]) -> list[Record]:
+        """The checkpoint's contexts, where they are of these places' examples."""
+        by_place = {(row["step"], row["position"]): row for row in stored}
+        rows = [by_place.get((place.step, place.position)) for place in places]
+        if stored and all(row and row["source_ids"] == p.source.input_ids for row, p in zip(rows, places, strict=True)):
+            return stored
+        if stored:
+            self.accelerator.print(
+                "align: the checkpoint's contexts are of other examples than those that come next; contexts are drawn anew"
+            )
+        return []
+
+    def _drawn(self, places: list[Place]) -> list[Record]:
+        start = time.perf_counter()
+        rows = self.draw(places)
+        records = [
+            {"step": place.step, "position": place.position, "source_ids": place.source.input_ids, **row}
+            for place, row in zip(places, rows, strict=True)
+        ]
+        self._metrics["train"]["refresh_seconds"].append(time.perf_counter() - start)
+        if self.accelerator.is_main_process and self.args.contexts_limit != 0:
+            folder = Path(self.args.output_dir) / "contexts"
+            write_records(folder / f"step-{places[0].step:08d}.jsonl", records)
+            if self.args.contexts_limit is not None:
+                for path in sorted(folder.glob("step-*.jsonl"))[: -self.args.contexts_limit]:
+                    path.unlink()
+        return records
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # Before the rest: a checkpoint counts as whole by what is written last.
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.accelerator.is_main_process:
+            left = [row for row in self._records if row["step"] >= self.state.global_step]
+            write_records(folder / CONTEXTS_FILE, left)
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        try:
+            self._stored = read_records(Path(checkpoint) / CONTEXTS_FILE)
+        except RecordFileError:
+            self.accelerator.print(f"align: {checkpoint} has no {CONTEXTS_FILE}; contexts are drawn anew")
+
+    def _share(self, number: int) -> bool:
+        """Whether a numbered batch is drawn in this process."""
+        return number % self.accelerator.num_processes == self.accelerator.process_index
+
+
+class BASHTrainer(SelfGeneratedTrainer):
+    """SFT on contexts that interleave ground truth and the model's own tokens; the target is the ground truth (Cen et al.,
+    TMLR 2025, arXiv 2410.14655). ε = 0 is TRL's `SFTTrainer`."""
+
+    config_class = BASHConfig
+
+    def draw(self, places: Sequence[Place]) -> list[Record]:
+        args = self.args
+        rows: list[MixedRow] = []
+        for place in places:
+            epsilon = epsilon_at(place.step, self.state.max_steps, args.epsilon, args.epsilon_schedule)
+            source = place.source
+            rows.append(mixed_row(source.input_ids, source.labels, epsilon, args.seed, place.step, place.position))
+        drawn = draw_contexts(
+            self.accelerator.unwrap_model(self.model), rows, args.own_tokens(), self.data_collator.pad_token_id,
+            take=self._share, autocast=self.compute_loss_context_manager,
+        )  # fmt: skip
+        for index, context in gather_object(list(drawn.items())):
+            rows[index].context = context
+        self._count(places, rows)
+        return [{"input_ids": row.context, "labels": p.source.labels} for p, row in zip(places, rows, strict=True)]
+
+    def _count(self, places: Sequence[Place], rows: Sequence[MixedRow]) -> None:
+        labelled = sum(label != IGNORED for place in places for label in place.source.labels[1:])
+        own = sum(map(sum, (row.own for row in rows)))
+        differ = sum(a != b for row in rows for a, b in zip(row.ids, row.context, strict=True))
+        self._metrics["train"]["bash/own_tokens"].append(own / max(1, labelled))
+        self._metrics["train"]["bash/own_tokens_that_differ"].append(differ / max(1, own))
+
+
+class RACTrainer(SelfGeneratedTrainer):
+    """SFT on corrections: prompt, the beginning of the model's own answer, a cue, the reference; loss on cue and reference
+    alone (Cen et al., TMLR 2025, arXiv 2410.14655). An empty cue and `prefix_fraction=(0, 0)` is TRL's `SFTTrainer`."""
+
+    config_class = RACConfig
+
+    def draw(self, places: Sequence[Place]) -> list[Record]:
+        drawn = draw_corrections(
+            self.accelerator.unwrap_model(self.model), self._tokenizer, [place.source for place in places],
+            [(place.step, place.position) for place in places], self.args.corrections(), self.args.seed,
+            take=self._share, gather=gather_object, autocast=self.compute_loss_context_manager,
+        )  # fmt: skip
+        for name, values in drawn.metrics.items():
+            self._metrics["train"][f"rac/{name}"].append(values)
+        return drawn.rows

@@ -1,0 +1,142 @@
+"""What drawing own tokens adds to an SFT step, and how many tokens a second either way draws.
+
+    python benchmarks/own_tokens_step.py --json benchmarks/results/own_tokens_step.json
+
+SFT, BASH both ways and RAC train the same model on the same rows; a step is that of `Trainer.train`, optimizer included, and
+BASH's and RAC's include their refreshes. Windows of `refresh_steps` updates take turns; a time is a median over them.
+"""
+
+import json
+import os
+import platform
+import random
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from datasets import Dataset
+from dpo_step import LORA, MODELS, make_model
+from peft import LoraConfig
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from align import BASHConfig, BASHTrainer, RACConfig, RACTrainer
+from align.report import markdown_table
+
+KINDS = {
+    "SFT": (SFTTrainer, SFTConfig, {}),
+    "BASH, parallel": (BASHTrainer, BASHConfig, {"generation": "parallel"}),
+    "BASH, autoregressive": (BASHTrainer, BASHConfig, {"generation": "autoregressive"}),
+    "RAC": (RACTrainer, RACConfig, {}),
+}
+
+
+def rows(count: int, prompt: tuple[int, int], completion: tuple[int, int], vocabulary: int) -> Dataset:
+    draw = random.Random(0)
+    made = []
+    for _ in range(count):
+        lengths = draw.randint(*prompt), draw.randint(*completion)
+        ids = [draw.randrange(3, vocabulary) for _ in range(sum(lengths))]
+        made.append({"input_ids": ids, "completion_mask": [0] * lengths[0] + [1] * lengths[1]})
+    return Dataset.from_list(made)
+
+
+def main(
+    model: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(MODELS)}.")] = None,
+    prompt: tuple[int, int] = (64, 192),
+    completion: tuple[int, int] = (64, 192),
+    batch: int = 8,
+    refresh_steps: int = 16,
+    epsilon: float = 0.25,
+    windows: int = 3,
+    device: str = "cpu",
+    json_path: Annotated[Path | None, typer.Option("--json")] = None,
+) -> None:
+    """Times all of them and prints the table."""
+    results = []
+    for name in model or ["small, V=32k", "small, V=32k, LoRA"]:
+        results += compare(name, prompt, completion, batch, refresh_steps, epsilon, windows, device)
+    shown = [{k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()} for row in results]
+    print(markdown_table(shown))
+    if json_path:
+        hardware = (
+            torch.cuda.get_device_name() if device != "cpu" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
+        )
+        settings = {
+            "hardware": hardware, "rows per step": batch, "prompt tokens": prompt, "completion tokens": completion,
+            "refresh_steps": refresh_steps, "epsilon": epsilon, "windows": windows,
+        }  # fmt: skip
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(settings | {"results": results}, indent=2) + "\n")
+
+
+def compare(
+    name: str,
+    prompt: tuple,
+    completion: tuple,
+    batch: int,
+    refresh_steps: int,
+    epsilon: float,
+    windows: int,
+    device: str,
+) -> list[dict[str, Any]]:
+    """All of them on one model, a window at a time."""
+    spec, tokenizer = MODELS[name], AutoTokenizer.from_pretrained("data/tiny-arithmetic/model")
+    data = rows(batch * refresh_steps, prompt, completion, len(tokenizer))
+    trainers = {}
+    for kind, (cls, config, own) in KINDS.items():
+        if config is BASHConfig:
+            own = own | {"epsilon": epsilon, "refresh_steps": refresh_steps, "contexts_limit": 0}
+        elif config is RACConfig:
+            own = own | {"max_new_tokens": completion[1], "refresh_steps": refresh_steps, "contexts_limit": 0}
+        args = config(
+            tempfile.mkdtemp(), per_device_train_batch_size=batch, max_steps=refresh_steps, bf16=device != "cpu",
+            use_cpu=device == "cpu", report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=refresh_steps,
+            gradient_checkpointing=spec.get("checkpointing", False), max_length=None, learning_rate=1e-5, **own,
+        )  # fmt: skip
+        lora = LoraConfig(task_type="CAUSAL_LM", **LORA) if spec.get("lora") else None
+        trainers[kind] = cls(
+            make_model(spec, device, "sdpa"),
+            args=args,
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=lora,
+        )
+    seconds: dict[str, list[float]] = {kind: [] for kind in trainers}
+    drawing: dict[str, list[float]] = {kind: [] for kind in trainers}
+    for window in range(windows + 1):
+        for kind, trainer in trainers.items():
+            start = time.perf_counter()
+            trainer.train()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            if window:
+                seconds[kind].append((time.perf_counter() - start) / refresh_steps)
+                logged = [entry["refresh_seconds"] for entry in trainer.state.log_history if "refresh_seconds" in entry]
+                drawing[kind] += logged
+    completions = sum(sum(mask) for mask in data["completion_mask"])
+    results = []
+    for kind, times in seconds.items():
+        row = {
+            "model": name,
+            "trainer": kind,
+            "seconds per step": median(times),
+            "over SFT's": median(times) / median(seconds["SFT"]),
+        }
+        refresh = median(drawing[kind]) if drawing[kind] else 0.0
+        # BASH draws a share of the completion's tokens, and sees all of them; RAC generates as many as it is let.
+        tokens = completions if kind != "RAC" else len(data) * completion[1]
+        row |= {
+            "refresh, seconds": refresh,
+            "tokens passed per second of refresh": tokens / refresh if refresh else 0.0,
+        }
+        results.append(row | {"all seconds": times})
+    return results
+
+
+if __name__ == "__main__":
+    typer.run(main)
