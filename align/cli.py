@@ -22,6 +22,7 @@ from .cli_common import (
 )
 from .cli_mix import app as mix_app
 from .cli_score import app as score_app
+from .cli_trace import select, trace
 
 app = typer.Typer(
     help="Preference alignment token by token. Stages read and write records (JSONL or Parquet, by file ending).",
@@ -29,6 +30,8 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(score_app, name="score")
 app.add_typer(mix_app, name="mix")
+app.command()(trace)
+app.command()(select)
 
 
 @app.command()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,14 +24,18 @@ class Policy:
     Args:
         model: causal LM in eval mode.
         adapter: name of the adapter it runs under, `None` for the bare base; `...` leaves the model as it is.
+        ids: for ids that this model knows by other numbers, the common id -> its own; see `align.vocabulary`.
     """
 
     model: PreTrainedModel
     adapter: Any = ...
+    ids: Mapping[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, given: Any) -> Policy:
-        """`given`: a model, or a pair of one with adapters and the name of an adapter."""
+        """`given`: a policy, a model, or a pair of one with adapters and the name of an adapter."""
+        if isinstance(given, cls):
+            return given
         return cls(*given) if isinstance(given, tuple) else cls(given)
 
     def check(self, role: str) -> None:
@@ -54,12 +58,27 @@ class Policy:
 
     def forward(self, **inputs: Any) -> tuple[torch.Tensor, Cache]:
         """Logits (B, n, V) and the cache, grown by n slots."""
+        if self.ids:
+            own = self.own_ids()
+            inputs["input_ids"] = own[inputs["input_ids"]]
         if self.adapter is ...:
             output = self.model(**inputs, use_cache=True)
         else:
             with active_adapter(self.model, self.adapter):
                 output = self.model(**inputs, use_cache=True)
-        return output.logits, output.past_key_values
+        return output.logits[..., own] if self.ids else output.logits, output.past_key_values
+
+    def own_ids(self) -> torch.Tensor:
+        """(V,) its own number of every common id."""
+        own = torch.arange(self.vocabulary, device=self.device)
+        for common, number in self.ids.items():
+            own[common] = number
+        return own
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        return self.model.config.get_text_config().vocab_size
 
 
 class Decoding:

@@ -217,7 +217,7 @@ def _draw(policies: tuple[Policy, Policy], rows: list[_Row], config: RSDConfig, 
 
 def _common(logits: torch.Tensor, policies: Sequence[Policy]) -> torch.Tensor:
     """Logits of the ids that all models know: vocabularies padded to different sizes are one."""
-    return logits[..., : min(policy.model.config.get_text_config().vocab_size for policy in policies)]
+    return logits[..., : min(policy.vocabulary for policy in policies)]
 
 
 def _uniforms(rows: Sequence[_Row], device: torch.device, each: int | None = None) -> torch.Tensor:

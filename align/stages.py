@@ -93,6 +93,7 @@ def run_in_parts(
     order: Callable[[Record], Any],
     finish: Callable[[list[Record]], None] | None = None,
     count: Callable[[list[Record]], Mapping[str, Any]] | None = None,
+    note: Callable[[list[Record]], str] | None = None,
 ) -> dict[str, Any]:
     """Computes `compute(number, batch)` for every batch, in several processes where launched so, and writes `path`.
 
@@ -105,6 +106,7 @@ def run_in_parts(
         order: sort key of a row, so that the file does not depend on how work was batched or shared.
         finish: last word on all rows, in place, in their order.
         count: counts for the manifest, from all rows.
+        note: what stands beside the progress bar, from the rows of the batch that was last computed.
 
     Returns:
         The manifest's counts.
@@ -124,10 +126,13 @@ def run_in_parts(
     process.wait_for_everyone()
     if not is_complete(path, stage, settings):
         mine = range(process.process_index, len(batches), process.num_processes)
-        for number in tqdm(mine, desc=stage, unit="batch", disable=not process.is_main_process):
+        for number in (bar := tqdm(mine, desc=stage, unit="batch", disable=not process.is_main_process)):
             part = parts / f"{number:06d}.jsonl"
             if not part.exists():
-                write_records(part, compute(number, batches[number]))
+                rows = compute(number, batches[number])
+                write_records(part, rows)
+                if note is not None:
+                    bar.set_postfix_str(note(rows))
         process.wait_for_everyone()
         if process.is_main_process:
             rows = [row for number in range(len(batches)) for row in read_records(parts / f"{number:06d}.jsonl")]

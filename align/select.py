@@ -1,0 +1,257 @@
+"""Which traces to train on: scores of a trace under the student, and the stage that ranks and keeps.
+
+- `mean-logp`: mean log-probability; higher is better.
+- `rsr`, rank-surprisal ratio ("Which Reasoning Trajectories Teach Students to Reason Better?"): mean rank of the tokens over
+  their mean negative log-likelihood; lower is better.
+- `aslec-drop`, `aslec-casl` ("On the Step Length Confounding in LLM Reasoning Data Selection"): mean log-probability without
+  what the first token of every step does to it. It is improbable, and long steps dilute it, so the plain mean prefers
+  long steps. `drop` leaves these tokens out; `casl` takes out what a regression over all traces says their share explains.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, MissingColumnError, RecordError
+from .logps import Batch, completion_logits, per_token
+from .records import Record, row_name, write_records
+from .stages import forget, records_hash, run_in_parts, write_manifest
+from .tokens import check_row_ids
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Rule -> column of its score, and whether a lower score is better.
+RULES = {
+    "rsr": ("rank_surprisal_ratio", True),
+    "aslec-drop": ("mean_logp_without_first", False),
+    "aslec-casl": ("mean_logp_debiased", False),
+    "mean-logp": ("mean_logp", False),
+}
+
+PART = 256
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """How traces are chosen.
+
+    Args:
+        rule: a key of `RULES`.
+        keep_share: share of all traces that is kept.
+        keep_per_problem: traces that are kept of each problem; one of the two is given.
+        step_separator: text that ends a step.
+        only_correct: leaves wrong traces out first.
+    """
+
+    rule: str = "rsr"
+    keep_share: float | None = None
+    keep_per_problem: int | None = None
+    step_separator: str = "\n"
+    only_correct: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ConfigError(f"rule {self.rule!r} is unknown; there are {', '.join(RULES)}")
+        if (self.keep_share is None) == (self.keep_per_problem is None):
+            raise ConfigError("give one of keep_share and keep_per_problem")
+        if self.keep_share is not None and not 0 < self.keep_share <= 1:
+            raise ConfigError(f"keep_share = {self.keep_share} must lie in (0, 1]")
+        if self.keep_per_problem is not None and self.keep_per_problem < 1:
+            raise ConfigError(f"keep_per_problem = {self.keep_per_problem} must be at least 1")
+        if not self.step_separator:
+            raise ConfigError("step_separator is empty; give the text that ends a step")
+
+
+def rank_surprisal_ratio(logps: Sequence[float], ranks: Sequence[int]) -> float:
+    """Mean rank over mean surprisal.
+
+    Args:
+        logps: log-probability of every token, nats.
+        ranks: its rank under the student, 1 being the likeliest.
+    """
+    surprisal = -fmean(logps)
+    return fmean(ranks) / surprisal if surprisal > 0 else float("inf")
+
+
+def mean_without_first(logps: Sequence[float], first: Sequence[bool]) -> float:
+    """ASLEC-DROP: mean log-probability of the tokens that do not begin a step; of all, where each begins one."""
+    kept = [logp for logp, begins in zip(logps, first, strict=True) if not begins]
+    return fmean(kept or logps)
+
+
+def debiased_means(means: Sequence[float], shares: Sequence[float]) -> list[float]:
+    """ASLEC-CASL: mean log-probabilities less what a least-squares line through all traces says of their share of first tokens.
+
+    Args:
+        means: mean log-probability of every trace.
+        shares: of its tokens, those that begin a step.
+
+    Returns:
+        m − b · (share − mean share), b the slope of m on the share; m itself where all shares are the same.
+    """
+    centre, level = fmean(shares), fmean(means)
+    spread = sum((share - centre) ** 2 for share in shares)
+    if spread <= 1e-12 * max(1.0, centre**2):
+        return list(means)
+    slope = sum((s - centre) * (m - level) for s, m in zip(shares, means, strict=True)) / spread
+    return [m - slope * (s - centre) for m, s in zip(means, shares, strict=True)]
+
+
+def first_of_steps(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], separator: str) -> list[bool]:
+    """Per token, whether a step begins with it: the first of all, and each behind a separator."""
+    from .report import token_texts
+
+    texts = token_texts(tokenizer, ids)
+    starts, place = [], 0
+    for text in texts:
+        starts.append(place)
+        place += len(text)
+    whole, first, at = "".join(texts), [False] * len(ids), 0
+    boundaries = {0}
+    while (found := whole.find(separator, at)) >= 0:
+        at = found + len(separator)
+        boundaries.add(at)
+    for boundary in boundaries:
+        # Of several tokens that begin there, all but the last are empty: parts of a character.
+        index = next((i for i, start in enumerate(starts) if start >= boundary and texts[i]), None)
+        if index is not None:
+            first[index] = True
+    return first
+
+
+def token_ranks(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """(N, 2): log-probability of each completion token, and how many tokens are at least as likely, itself included."""
+    import torch
+
+    pairs = []
+    for start in range(0, len(batch.positions), 256):
+        part = slice(start, start + 256)
+        rows = logits[batch.positions[part]].float()
+        own = rows.gather(1, batch.token_ids[part, None])
+        ranks = 1 + (rows > own).sum(1)
+        pairs.append(torch.stack([own[:, 0] - rows.logsumexp(1), ranks.float()], 1))
+    return torch.cat(pairs)
+
+
+def select_traces(
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    traces: Sequence[Record],
+    out_path: str | os.PathLike,
+    config: SelectConfig,
+    *,
+    scores_path: str | os.PathLike | None = None,
+    max_tokens_per_batch: int = 8192,
+    settings: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The stage `align select`: scores traces under the student, ranks them, writes the kept ones as demonstrations.
+
+    Args:
+        student: who shall learn from them; where it has an adapter, that is on.
+        traces: records with `id`, `prompt_ids`, `completion_ids`, and `correct` where `only_correct`.
+        out_path: the kept, best first within a problem's order; each has all of `RULES`' columns.
+        scores_path: all traces with their scores; beside `out_path` by default (`….scores.jsonl`).
+        settings: what else the numbers depend on (hash of the student), for resuming.
+
+    Returns:
+        Counts: `rows` kept, `traces`, `wrong` and `empty` (left out), `problems` that are left.
+
+    Raises:
+        RecordError, MissingColumnError: a row that is no trace; or nothing is left.
+    """
+    from .models import vocab_size
+
+    for index, row in enumerate(traces):
+        if config.only_correct and "correct" not in row:
+            raise MissingColumnError(
+                f"traces, {row_name(row, index)}: no column correct; verify them first, or set only_correct to False"
+            )
+    there = [row for row in traces if row.get("completion_ids")]
+    for index, row in enumerate(there):
+        check_row_ids(row, index, ("prompt_ids", "completion_ids"), vocab_size(student))
+    right = [row for row in there if not config.only_correct or row["correct"]]
+    if not right:
+        raise RecordError(f"none of {len(traces)} traces can be kept: {len(there)} have tokens, none of them is right")
+    scores_path = f"{out_path}.scores.jsonl" if scores_path is None else scores_path
+
+    def compute(_number: int, first: int) -> list[Record]:
+        part = right[first : first + PART]
+        rows = [(row["prompt_ids"], row["completion_ids"]) for row in part]
+        numbers = per_token(
+            student, rows, lambda batch: token_ranks(completion_logits(student, batch, _adapter(student)), batch),
+            pad_token_id=tokenizer.pad_token_id, max_tokens_per_batch=max_tokens_per_batch,
+        )  # fmt: skip
+        return [
+            {"_row": first + i, **row, **_scores(tokenizer, row["completion_ids"], found, config.step_separator)}
+            for i, (row, found) in enumerate(zip(part, numbers, strict=True))
+        ]
+
+    def finish(rows: list[Record]) -> None:
+        debiased = debiased_means([r["mean_logp"] for r in rows], [r["first_token_share"] for r in rows])
+        for row, value in zip(rows, debiased, strict=True):
+            row["mean_logp_debiased"] = value
+
+    # The same whatever is kept: a score is computed once for all rules.
+    scoring = {"step_separator": config.step_separator, "traces": records_hash(right), **(settings or {})}
+    run_in_parts(
+        scores_path, range(0, len(right), PART), compute, stage="select", settings=scoring,
+        order=lambda row: row.pop("_row"), finish=finish,
+    )  # fmt: skip
+    from .processes import process_state
+    from .records import read_records
+
+    kept = keep(read_records(scores_path), config)
+    counts = {
+        "rows": len(kept), "traces": len(traces), "empty": len(traces) - len(there), "wrong": len(there) - len(right),
+        "problems": len({row["id"] for row in kept}),
+    }  # fmt: skip
+    process = process_state()
+    if process.is_main_process:
+        forget(out_path)
+        write_records(out_path, kept)
+        write_manifest(out_path, "select", select_settings(traces, config, settings), counts)
+    process.wait_for_everyone()
+    return counts
+
+
+def select_settings(traces: Sequence[Record], config: SelectConfig, settings: dict[str, Any] | None) -> dict[str, Any]:
+    """What the output of `select_traces` depends on."""
+    return {**asdict(config), **(settings or {}), "all_traces": records_hash(traces)}
+
+
+def _adapter(model: PreTrainedModel) -> str | None:
+    return getattr(model, "active_adapter", None) if hasattr(model, "peft_config") else None
+
+
+def _scores(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], found: Sequence[Sequence[float]], separator: str
+) -> Record:
+    logps, ranks = [row[0] for row in found], [int(row[1]) for row in found]
+    first = first_of_steps(tokenizer, ids, separator)
+    return {
+        "rank_surprisal_ratio": rank_surprisal_ratio(logps, ranks), "mean_logp": fmean(logps),
+        "mean_logp_without_first": mean_without_first(logps, first), "first_token_share": fmean(map(float, first)),
+    }  # fmt: skip
+
+
+def keep(rows: Sequence[Record], config: SelectConfig) -> list[Record]:
+    """The best of scored traces, in their order; of equal scores the first counts as better."""
+    column, lower = RULES[config.rule]
+    sign = 1 if lower else -1
+    ranked = sorted(range(len(rows)), key=lambda i: (sign * rows[i][column], i))
+    if config.keep_share is not None:
+        chosen = ranked[: max(1, round(config.keep_share * len(rows)))]
+    else:
+        of_problem: dict[str, list[int]] = defaultdict(list)
+        for i in ranked:
+            if len(of_problem[rows[i]["id"]]) < config.keep_per_problem:
+                of_problem[rows[i]["id"]].append(i)
+        chosen = [i for those in of_problem.values() for i in those]
+    return [rows[i] for i in sorted(chosen)]

@@ -1,0 +1,229 @@
+"""The stage `align trace`: problems in, traces of reverse speculative decoding out, verified, and the ones to train on."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, RecordError
+from .records import Record, check_records, read_records, write_records
+from .rsd import TEACHER, RSDConfig, Trace, reverse_speculative_decode
+from .sample import end_token_ids
+from .stages import forget, records_hash, run_in_parts, write_manifest
+from .tokens import decode_completion, encode_prompt
+from .verify import verify_completion
+from .vocabulary import shared_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .decoding import Policy
+
+
+@dataclass(frozen=True)
+class TraceConfig:
+    """How many traces are drawn, and which are kept; the defaults are the probable author script's.
+
+    Args:
+        n: traces per problem.
+        max_student_share: a trace with a larger share of tokens from the student is rejected.
+        prefix_tokens: of a problem without a kept trace, the first so many tokens of one serve as a demonstration without an
+            end; 0 leaves such problems out.
+        max_prompt_length: longer prompts are left out and counted.
+        batch_size: traces drawn together.
+    """
+
+    n: int = 16
+    max_student_share: float = 0.5
+    prefix_tokens: int = 128
+    max_prompt_length: int | None = None
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name, low in (("n", 1), ("prefix_tokens", 0), ("batch_size", 1)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name} = {getattr(self, name)} must be at least {low}")
+        if not 0 <= self.max_student_share <= 1:
+            raise ConfigError(f"max_student_share = {self.max_student_share} must lie in [0, 1]")
+
+
+def trace_problems(
+    teacher: Policy,
+    student: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Record],
+    out_path: str | os.PathLike,
+    kept_path: str | os.PathLike,
+    rsd: RSDConfig | None = None,
+    config: TraceConfig | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Draws and verifies n traces per problem, and keeps at most one.
+
+    Args:
+        teacher, student: as `load_policies` gives them, or `align.decoding.Policy(model)`.
+        problems: problem records.
+        out_path: all traces: verdict records with, per token of `completion_ids`, `from_teacher`, `teacher_probs` and
+            `student_probs`, and with `student_share`.
+        kept_path: demonstration records, see `choose`.
+        settings: what else the traces depend on (hashes of the models), for resuming.
+
+    Returns:
+        Counts: `rows`, `tokens`, `correct`, `stop`, `length`, `context`, `empty_prompt`, `prompt_too_long`, `teacher_share` of all
+        tokens, `tokens_per_teacher_pass`, and what `choose` counts.
+
+    Raises:
+        RecordError, MissingColumnError: a problem that does not fit the schema.
+    """
+    rsd, config = rsd or RSDConfig(), config or TraceConfig()
+    problems = list(problems)
+    check_records(problems, "problem", source="problems")
+    prompts = [encode_prompt(tokenizer, p["prompt"], f"problem {p['id']!r}") for p in problems]
+    longest = config.max_prompt_length
+    places = [i for i, ids in enumerate(prompts) if longest is None or len(ids) <= longest]
+    if not places:
+        raise RecordError(f"none of the {len(problems)} prompts fits max_prompt_length = {longest}; raise it")
+    # Prompts of one length share a batch; draws of a problem do, too.
+    draws = [(i, draw) for i in sorted(places, key=lambda i: len(prompts[i])) for draw in range(config.n)]
+    batches = [draws[i : i + config.batch_size] for i in range(0, len(draws), config.batch_size)]
+    ends = end_token_ids(student.model, tokenizer.eos_token_id)
+
+    def compute(_number: int, batch: list[tuple[int, int]]) -> list[Record]:
+        numbers = [i * config.n + draw for i, draw in batch]
+        start = time.perf_counter()
+        found = reverse_speculative_decode(teacher, student, [prompts[i] for i, _ in batch], rsd, ends, numbers)
+        seconds = (time.perf_counter() - start) / len(batch)
+        return [
+            {
+                "_row": number,
+                **problems[i],
+                "sample": draw,
+                "prompt_ids": prompts[i],
+                **_columns(tokenizer, problems[i], trace),
+            }
+            | {"seconds": seconds}
+            for (i, draw), number, trace in zip(batch, numbers, found, strict=True)
+        ]
+
+    def note(rows: Sequence[Record]) -> str:
+        tokens = sum(len(row["completion_ids"]) for row in rows)
+        own = sum(sum(row["from_teacher"]) for row in rows)
+        return f"{tokens / max(1e-9, sum(row['seconds'] for row in rows)):.0f} tokens/s, {own / max(1, tokens):.0%} the teacher's"
+
+    def finish(rows: list[Record]) -> None:
+        for row in rows:
+            row.pop("seconds")  # the rows of two runs are the same
+
+    depends = {**asdict(rsd), **asdict(config), **(settings or {}), "problems": records_hash(problems)}
+    kept_only = ("max_student_share", "prefix_tokens")  # decide what is kept, not what is drawn; nor does lookahead
+    drawn = {name: value for name, value in depends.items() if name not in kept_only}
+    counts = run_in_parts(
+        out_path, batches, compute, stage="trace", settings=drawn, order=lambda row: row.pop("_row"), finish=finish,
+        count=lambda rows: _count(rows) | {"prompt_too_long_for_us": len(problems) - len(places)}, note=note,
+    )  # fmt: skip
+    from .processes import process_state
+
+    process = process_state()
+    chosen, more = choose(read_records(out_path), config)
+    if process.is_main_process:
+        forget(kept_path)
+        write_records(kept_path, chosen)
+        write_manifest(kept_path, "trace kept", depends, more)
+    process.wait_for_everyone()
+    return counts | more
+
+
+def load_policies(
+    teacher: Mapping[str, Any], student: Mapping[str, Any], special_tokens: Mapping[str, str] | None = None
+) -> tuple[Policy, Policy, PreTrainedTokenizerBase]:
+    """Both models, checked to have the same token ids before either is loaded, and the student's tokenizer.
+
+    Args:
+        teacher, student: arguments of `align.load_model`, `path` among them. Two adapters on one base share it in memory.
+        special_tokens: see `align.vocabulary.shared_ids`.
+
+    Raises:
+        ModelMismatchError: the tokenizers differ.
+    """
+    from .decoding import Policy
+    from .models import load_adapters, load_model, load_tokenizer
+
+    tokenizers = [
+        load_tokenizer(m["path"], trust_remote_code=m.get("trust_remote_code", False)) for m in (teacher, student)
+    ]
+    renamed = shared_ids(*tokenizers, special_tokens)
+    base, same = ({k: v for k, v in m.items() if k != "adapter"} for m in (teacher, student))
+    if base == same:
+        adapters = {r: m["adapter"] for r, m in (("teacher", teacher), ("student", student)) if m.get("adapter")}
+        model = load_adapters(load_model(**base), adapters) if adapters else load_model(**base)
+        names = [role if role in adapters else None for role in ("teacher", "student")]
+        return Policy(model, names[0], renamed), Policy(model, names[1]), tokenizers[1]
+    return Policy(load_model(**teacher), ids=renamed), Policy(load_model(**student)), tokenizers[1]
+
+
+def _columns(tokenizer: PreTrainedTokenizerBase, problem: Record, trace: Trace) -> Record:
+    text = decode_completion(tokenizer, trace.completion_ids)
+    verdict = verify_completion(text, problem["answer"])
+    from_teacher = [source == TEACHER for source in trace.sources]
+    return {
+        "completion_ids": trace.completion_ids, "completion": text, "finish_reason": trace.finish_reason,
+        "extracted": verdict.extracted, "rule": verdict.rule, "correct": verdict.correct,
+        "from_teacher": from_teacher, "teacher_probs": trace.teacher_probs, "student_probs": trace.student_probs,
+        "student_share": 1 - sum(from_teacher) / len(from_teacher) if from_teacher else 0.0, "rounds": trace.rounds,
+    }  # fmt: skip
+
+
+def _count(rows: Sequence[Record]) -> dict[str, Any]:
+    tokens = sum(len(row["completion_ids"]) for row in rows)
+    reasons = ("stop", "length", "context", "empty_prompt", "prompt_too_long")
+    return {
+        "tokens": tokens, "correct": sum(row["correct"] for row in rows),
+        **{reason: sum(row["finish_reason"] == reason for row in rows) for reason in reasons},
+        "teacher_share": sum(sum(row["from_teacher"]) for row in rows) / max(1, tokens),
+        "tokens_per_teacher_pass": tokens / max(1, sum(row["rounds"] for row in rows)),
+    }  # fmt: skip
+
+
+def choose(rows: Sequence[Record], config: TraceConfig) -> tuple[list[Record], dict[str, int]]:
+    """Of every problem the shortest right trace that has ended and is not mostly the student's; of the others, a beginning.
+
+    Returns:
+        Demonstration records, `prefix_only` true for a beginning, and counts: `kept`, `prefix_only`, `left_out`, and of traces
+        `wrong`, `unended`, `mostly_student`.
+    """
+    problems: dict[str, list[Record]] = defaultdict(list)
+    for row in rows:
+        problems[row["id"]].append(row)
+    chosen, counts = [], dict.fromkeys(("kept", "prefix_only", "left_out", "wrong", "unended", "mostly_student"), 0)
+    for traces in problems.values():
+        good = []
+        for row in traces:
+            if not row["correct"]:
+                counts["wrong"] += 1
+            elif row["finish_reason"] != "stop":
+                counts["unended"] += 1
+            elif row["student_share"] > config.max_student_share:
+                counts["mostly_student"] += 1
+            else:
+                good.append(row)
+        if good:
+            chosen.append(_demonstration(min(good, key=lambda row: len(row["completion_ids"])), None))
+        elif (
+            config.prefix_tokens
+            and (longest := max(traces, key=lambda row: len(row["completion_ids"])))["completion_ids"]
+        ):
+            chosen.append(_demonstration(longest, config.prefix_tokens))
+        else:
+            counts["left_out"] += 1
+            continue
+        counts["prefix_only" if chosen[-1]["prefix_only"] else "kept"] += 1
+    return chosen, counts
+
+
+def _demonstration(row: Record, prefix: int | None) -> Record:
+    kept = {name: row[name] for name in ("id", "prompt", "answer", "prompt_ids", "completion", "sample")}
+    return kept | {"completion_ids": row["completion_ids"][:prefix], "prefix_only": prefix is not None}

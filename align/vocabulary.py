@@ -1,0 +1,84 @@
+"""Whether two tokenizers give the same ids to the same tokens, and a mapping where only special tokens differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from .errors import ModelMismatchError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: How many differences an error shows.
+SHOWN = 5
+
+
+def token_differences(
+    one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
+) -> list[tuple[int, str | None, str | None]]:
+    """Ids that are not the same token for both, with both tokens (`None` where a tokenizer has none)."""
+    ids = list(range(max(len(one), len(other))))
+    pairs = zip(ids, *(tokenizer.convert_ids_to_tokens(ids) for tokenizer in (one, other)), strict=True)
+    return [(index, ours, theirs) for index, ours, theirs in pairs if ours != theirs]
+
+
+def shared_ids(
+    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, mapping: Mapping[str, str] | None = None
+) -> dict[int, int]:
+    """What the teacher calls the student's ids, where the two differ.
+
+    Args:
+        teacher, student: their tokenizers.
+        mapping: token of the teacher -> token of the student, for special tokens under other names or ids.
+
+    Returns:
+        Student's id -> teacher's id, of those that differ: empty where the vocabularies are one.
+
+    Raises:
+        ModelMismatchError: an id is another token, EOS is another, or the mapping names a token that is not there, is no
+            special token, leaves a difference, or maps two tokens to one.
+    """
+    mapping = dict(mapping or {})
+    if len(set(mapping.values())) != len(mapping):
+        raise ModelMismatchError(f"special tokens {mapping}: two of the teacher's map to one of the student's")
+    found: dict[int, int] = {}
+    for theirs, ours in mapping.items():
+        ids = []
+        for tokenizer, token, role in ((teacher, theirs, "teacher"), (student, ours, "student")):
+            index = tokenizer.get_vocab().get(token)
+            if index is None or index not in _special(tokenizer):
+                raise ModelMismatchError(
+                    f"special tokens: the {role} has {'a' if index is not None else 'no'} token {token!r}"
+                    f"{', but it is not special' if index is not None else ''}; map special tokens to special tokens"
+                )
+            ids.append(index)
+        found[ids[1]] = ids[0]
+    different = [
+        (i, of_teacher, of_student)
+        for i, of_teacher, of_student in token_differences(teacher, student)
+        if not (i in found and _is_known(teacher, i, found))
+    ]
+    if different:
+        shown = "; ".join(f"id {i} is {a!r} for the teacher, {b!r} for the student" for i, a, b in different[:SHOWN])
+        raise ModelMismatchError(
+            f"teacher and student have other tokenizers: {shown} ({len(different)} ids differ). Take two models of one "
+            "family; where special tokens alone differ, map the teacher's to the student's"
+        )
+    end = found.get(student.eos_token_id, student.eos_token_id)
+    if end != teacher.eos_token_id:
+        raise ModelMismatchError(
+            f"the teacher ends with {teacher.eos_token!r} (id {teacher.eos_token_id}), the student with "
+            f"{student.eos_token!r} (id {student.eos_token_id}); map the one to the other"
+        )
+    return {ours: theirs for ours, theirs in found.items() if ours != theirs}
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def _is_known(teacher: PreTrainedTokenizerBase, index: int, found: Mapping[int, int]) -> bool:
+    """Whether the teacher's token at an id that differs is spoken for, too: it has none there, or one that is mapped."""
+    return teacher.convert_ids_to_tokens(index) is None or index in found.values()
