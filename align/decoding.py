@@ -66,7 +66,12 @@ class Policy:
         else:
             with active_adapter(self.model, self.adapter):
                 output = self.model(**inputs, use_cache=True)
-        return output.logits[..., own] if self.ids else output.logits, output.past_key_values
+        logits = output.logits
+        if self.ids:
+            logits = logits[..., own]
+            # Its own numbers of these tokens are no common ids.
+            logits[..., [number for number in self.ids.values() if number not in self.ids]] = float("-inf")
+        return logits, output.past_key_values
 
     def own_ids(self) -> torch.Tensor:
         """(V,) its own number of every common id."""

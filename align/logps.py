@@ -153,8 +153,6 @@ def configured_not_to_share(model: PreTrainedModel, implementations: Sequence[st
         return f"attention implementation {attention!r} takes no mask of ours; {', '.join(implementations)} do"
     if "position_ids" not in signature(base.forward).parameters:
         return f"{name} takes no position_ids"
-    if config.vocab_size <= 7:
-        return "its vocabulary is too small to try it"
     return None
 
 
@@ -167,8 +165,13 @@ def shares_prefixes(model: PreTrainedModel) -> bool:
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     known = getattr(base, "_align_shares_prefixes", None)
     if known is None:
-        known = base._align_shares_prefixes = configured_not_to_share(model) is None and _agrees(model, base.dtype)
+        known = base._align_shares_prefixes = _may_share(model) and _agrees(model, base.dtype)
     return known
+
+
+def _may_share(model: PreTrainedModel) -> bool:
+    # With fewer tokens there is nothing to try it on.
+    return model.config.get_text_config().vocab_size > 7 and configured_not_to_share(model) is None
 
 
 def _agrees(model: PreTrainedModel, dtype: torch.dtype) -> bool:

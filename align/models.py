@@ -97,9 +97,18 @@ def load_model(
         raise ModelLoadError(_not_loaded(path, "model", error)) from error
     if quantized is None:
         model = model.to(process.device)
+    keep_trainable(model)
     if adapter is not None:
         model = load_adapters(model, {"default": adapter})
     return model.eval()
+
+
+def keep_trainable(model: PreTrainedModel | PeftModel) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights for inference on a CPU: at the first pass in eval mode it would do so for
+    good, and a packed layer passes no gradient on to what lies before it, without a word."""
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

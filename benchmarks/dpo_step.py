@@ -40,10 +40,6 @@ SMALL = {
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
 }
-SMOLLM2 = {
-    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-    "vocab_size": 49152, "tie_word_embeddings": True,
-}  # fmt: skip
 LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
     "vocab_size": 128256, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
@@ -52,7 +48,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "small, V=400": {"config": SMALL | {"vocab_size": 400}, "dtype": "float32"},
     "small, V=32k": {"config": SMALL | {"vocab_size": 32000}, "dtype": "float32"},
     "small, V=32k, LoRA": {"config": SMALL | {"vocab_size": 32000}, "dtype": "float32", "lora": True},
-    "SmolLM2-135M, LoRA": {"config": SMOLLM2, "dtype": "float32", "lora": True, "slow": True},
     "Llama-3-8B, LoRA": {"config": LLAMA_8B, "dtype": "bfloat16", "lora": True, "checkpointing": True},
     "Llama-3-8B, QLoRA": {
         "config": LLAMA_8B,
@@ -342,8 +337,7 @@ def main(
         return
     from align.report import markdown_table
 
-    usual = [name for name, spec in MODELS.items() if not spec.get("slow")]
-    names = model or [name for name in usual if (device == "cpu") == (MODELS[name]["dtype"] == "float32")]
+    names = model or [n for n, spec in MODELS.items() if (device == "cpu") == (spec["dtype"] == "float32")]
     results = []
     for name in names:
         for kind in shape or SHAPES:

@@ -20,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from ..contexts import MixedRow, OwnTokens, draw_contexts, mixed_row
 from ..errors import ConfigError, RecordFileError
 from ..mix import IGNORED, Example, epsilon_at
+from ..models import keep_trainable
 from ..rac import CorrectionSettings, draw_corrections
 from ..records import Record, read_records, write_records
 
@@ -38,7 +39,6 @@ class SelfGeneratedConfig(SFTConfig):
             checkpoint holds those that it needs to go on.
     """
 
-    completion_only_loss: bool | None = field(default=True, metadata={"help": "Loss on completions alone."})
     refresh_steps: int = field(default=16, metadata={"help": "Updates whose contexts are drawn at once."})
     generation_tokens: int = field(default=16384, metadata={"help": "Token budget of a batch that is drawn."})
     contexts_limit: int | None = field(default=2, metadata={"help": "Windows kept in output_dir/contexts."})
@@ -138,6 +138,7 @@ class SelfGeneratedTrainer(SFTTrainer):
                 f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(args).__name__}"
             )
         super().__init__(model, args=args, **kwargs)
+        keep_trainable(self.model)  # contexts are drawn in eval mode
         if self._is_vision_dataset:
             raise ConfigError(f"{type(self).__name__} does not know images; use text data")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

@@ -16,7 +16,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..errors import ConfigError
 from ..losses import weighted_logps
-from ..models import load_tokenizer, vocab_size
+from ..models import keep_trainable, load_tokenizer, vocab_size
 from ..processes import check_group
 from ..tokens import label_values, pad_rows, shift_to_labels, truncate
 from .preference_data import SIDES, has_reference, prepare_preference_dataset
@@ -214,6 +214,7 @@ class TokenDPOTrainer(TokenBudget, TokenReference):
             model=model, ref_model=ref_model, args=args, data_collator=data_collator, train_dataset=train_dataset,
             eval_dataset=eval_dataset, processing_class=processing_class, **kwargs,
         )  # fmt: skip
+        keep_trainable(self.model)  # evaluation runs in eval mode
         if self.aux_loss_enabled and getattr(args, "loss_aggregation", None) == "position":
             raise ConfigError("loss_aggregation='position' has no place for a router loss; set router_aux_loss_coef=0")
         if args.max_tokens_per_batch is not None:
