@@ -16,7 +16,7 @@ from .tokens import pad_rows
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass
@@ -129,6 +129,17 @@ def completion_logits(model: PreTrainedModel, batch: Batch, adapter: str | None 
         return model(**batch.inputs, use_cache=False).logits[0]
 
 
+def length_dependent(config: PretrainedConfig) -> str | None:
+    """Why what a model computes of a row depends on how long the longest of its batch is; `None` if nothing says so."""
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    nested = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    for rope in nested:
+        if (kind := rope.get("rope_type", rope.get("type"))) in ("dynamic", "longrope"):
+            return f"its rotary embedding (rope_type {kind!r}) depends on the longest row of a batch"
+    return None
+
+
 def configured_not_to_share(model: PreTrainedModel, implementations: Sequence[str] = ("sdpa", "eager")) -> str | None:
     """Why a model cannot compute what rows share once, as far as its configuration tells; `None` where nothing speaks
     against it: attention over all positions in all layers, that takes a mask of ours.
@@ -147,6 +158,8 @@ def configured_not_to_share(model: PreTrainedModel, implementations: Sequence[st
     for window in WINDOWS:
         if getattr(config, window, None):
             return f"{name} has attention that depends on distances ({window})"
+    if reason := length_dependent(config):
+        return f"{name}: {reason}"
     if any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values()):
         return "its adapter puts positions before the prompt"
     if (attention := getattr(config, "_attn_implementation", None)) not in implementations:

@@ -1,13 +1,14 @@
-"""The prefix-shared layout of preference pairs: what both sides of a pair begin with is there once. Knows tensors alone.
+"""The prefix-shared layout of preference pairs: the prompt of a pair is there once. Knows tensors alone.
 
 A pair of rows c (chosen) and r (rejected) whose first m tokens are the same becomes
 
     trunk c[:m-1] | branch c[m-1:-1] | branch r[m-1:-1]
 
-The trunk is the prompt but for its last token, and whatever else the two completions begin with. A branch attends to the
-trunk and to itself, and its positions go on from the trunk's, so every slot sees what it would see in its own row. The token
-before the parting stands in both branches: every slot predicts exactly one token. A row's last token predicts nothing and
-gets no slot. Several pairs lie in one row of slots, and see nothing of each other.
+m is the prompt's length, so the trunk is the prompt but for its last token. A branch attends to the trunk and to itself, and
+its positions go on from the trunk's, so every slot sees what it would see in its own row. The prompt's last token stands in
+both branches: every slot predicts exactly one token. A row's last token predicts nothing and gets no slot. Several pairs lie
+in one row of slots, and see nothing of each other. What else two completions begin with is not shared: where the slots of a
+batch lie depends on lengths alone, and so, to the last bit, do the numbers of all other pairs when a token changes.
 """
 
 from __future__ import annotations
@@ -27,19 +28,25 @@ if TYPE_CHECKING:
 IGNORED = -100
 
 
-def shared_tokens(chosen: Sequence[int], rejected: Sequence[int]) -> int:
-    """How many tokens two rows begin with in common; at most all but the last of the shorter one, which predicts nothing."""
-    most = min(len(chosen), len(rejected)) - 1
+def shared_tokens(chosen: Sequence[int], rejected: Sequence[int], prompt: int) -> int:
+    """How many tokens two rows begin with in common, `prompt` at most, and not the last of either, which predicts nothing.
+    Prompts that are cut at their beginning may have less in common than their length."""
+    most = min(prompt, len(chosen) - 1, len(rejected) - 1)
     if most <= 0:
         return 0
     differs = np.asarray(chosen[:most]) != np.asarray(rejected[:most])
     return int(differs.argmax()) if differs.any() else most
 
 
-def pair_slots(chosen: Sequence[int], rejected: Sequence[int]) -> int:
-    """Slots that a pair of rows, prompt and completion each, takes."""
-    trunk = max(shared_tokens(chosen, rejected) - 1, 0)
+def pair_slots(chosen: Sequence[int], rejected: Sequence[int], prompt: int) -> int:
+    """Slots that a pair of rows takes, `prompt` tokens and a completion each."""
+    trunk = max(shared_tokens(chosen, rejected, prompt) - 1, 0)
     return max(len(chosen) + len(rejected) - 2 - trunk, 0)
+
+
+def prompt_length(labelled: Sequence[np.ndarray]) -> int:
+    """Tokens before the first labelled one of a pair's two rows, given as bools."""
+    return min(int(row.argmax()) if row.any() else len(row) for row in labelled)
 
 
 def fill_rows(sizes: Sequence[int], width: int) -> list[list[int]]:
@@ -76,7 +83,7 @@ class PairLayout:
         labelled: (U,) flat indices of the slots that predict a labelled token.
         targets: (U,) those tokens.
         places: (N,) flat indices into the batch's shifted labels, (2B, L-1), of its labelled tokens.
-        sources: (N,) which of the U slots predicts each; one of a trunk predicts a token of both sides.
+        sources: (N,) which of the U slots predicts each.
     """
 
     input_ids: torch.Tensor
@@ -137,7 +144,8 @@ def _lay_out_pair(ids: np.ndarray, real: np.ndarray, labels: np.ndarray, chosen:
     width = labels.shape[1] - 1
     columns = [np.flatnonzero(real[row]) for row in (chosen, rejected)]
     rows = [ids[row, where] for row, where in zip((chosen, rejected), columns, strict=True)]
-    trunk = max(shared_tokens(*rows) - 1, 0)
+    wanted = [labels[row, where] != IGNORED for row, where in zip((chosen, rejected), columns, strict=True)]
+    trunk = max(shared_tokens(*rows, prompt_length(wanted)) - 1, 0)
     lengths = [max(len(row) - 1 - trunk, 0) for row in rows]
     starts = [trunk, trunk + lengths[0]]
     slots, targets, places = [], [], []
@@ -146,10 +154,10 @@ def _lay_out_pair(ids: np.ndarray, real: np.ndarray, labels: np.ndarray, chosen:
         # Token k + 1 is predicted by slot k of the trunk, or by the branch's slot k - trunk.
         predicting = np.arange(max(len(own) - 1, 0))
         at = np.where(predicting < trunk, predicting, starts[side] + predicting - trunk)
-        wanted = labels[row, columns[side][1:]] != IGNORED
-        slots.append(at[wanted])
-        targets.append(own[1:][wanted])
-        places.append(row * width + columns[side][1:][wanted] - 1)
+        there = wanted[side][1:]
+        slots.append(at[there])
+        targets.append(own[1:][there])
+        places.append(row * width + columns[side][1:][there] - 1)
     return _Pair(
         ids=np.concatenate([rows[0][:trunk], rows[0][trunk:-1], rows[1][trunk:-1]]),
         positions=np.concatenate([np.arange(trunk), *(trunk + np.arange(length) for length in lengths)]),

@@ -2,11 +2,11 @@
 
     python benchmarks/dpo_step.py --json benchmarks/results/dpo_step_cpu.json
 
-All three take the same pairs on the same weights (random ones), in turn; a time is a median, a ratio one of medians. A
+All three take the same pairs on the same weights (random ones), on a CPU in turn; a time is a median, a ratio one of medians. A
 step is the loss and its gradient, without the optimizer's update, which is the same for all. The floor is one
 forward and backward pass of the bare model on exactly the tokens that have to be computed, each once: rows of equal length,
 causal attention, no padding and no mask, the head on labelled positions alone; on a CPU all at once or in groups of about
-1,024 tokens, whichever is faster. Peak memory is that of a process of its own (CPU), or of the allocator (CUDA).
+1,024 tokens, with all logits at once or with our head, whichever is fastest. Peak memory is that of a process of its own (CPU), or of the allocator (CUDA).
 """
 
 import copy
@@ -79,6 +79,14 @@ def random_pair(draw: random.Random, prompt: int, chosen: int, rejected: int, vo
     lengths = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     pair = {f"{name}_ids": [draw.randrange(3, vocabulary) for _ in range(n)] for name, n in lengths.items()}
     return pair | {"chosen_ref_logps": [-1.0] * chosen, "rejected_ref_logps": [-1.0] * rejected}
+
+
+def slots_of(pair: dict) -> int:
+    """Tokens of a pair that have to be computed."""
+    from align.packing import pair_slots
+
+    prompt = pair["prompt_ids"]
+    return pair_slots(prompt + pair["chosen_ids"], prompt + pair["rejected_ids"], len(prompt))
 
 
 def make_model(spec: dict[str, Any], device: str, attention: str):
@@ -158,6 +166,10 @@ class Sides:
                 processing_class=tokenizer, peft_config=lora,
             )  # fmt: skip
             self.trainer.ref_model, self.trainer.precompute_ref_logps = None, True
+            if lora is None:  # accelerate keeps what it has prepared
+                self.trainer.accelerator._models = [
+                    m for m in self.trainer.accelerator._models if m is self.trainer.model
+                ]
         self.model = self.trainer.model
         rows = pairs if which == "ours" else [{k: v for k, v in p.items() if k.endswith("_ids")} for p in pairs]
         batch = self.trainer._prepare_inputs(self.trainer.data_collator(rows))
@@ -168,9 +180,7 @@ class Sides:
 
     def _floor_batches(self) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Ids in rows of equal length, and the labelled positions, all at once and in groups."""
-        from align.packing import pair_slots
-
-        sizes = [pair_slots(p["prompt_ids"] + p["chosen_ids"], p["prompt_ids"] + p["rejected_ids"]) for p in self.pairs]
+        sizes = [slots_of(p) for p in self.pairs]
         labelled = sum(len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in self.pairs)
         width = max(1, round(sum(sizes) / len(sizes)))
         ids = torch.randint(3, 360, (len(sizes), width), device=self.device)
@@ -184,6 +194,7 @@ class Sides:
                 for p in (positions,)
                 for i in range(0, len(ids), rows)
             ]
+            groups |= {f"{how}, our head": batches for how, batches in groups.items()}
         return groups
 
     def step(self, how: str = "all at once") -> float:
@@ -193,12 +204,18 @@ class Sides:
         self._wait()
         start = time.perf_counter()
         if self.which == "floor":
+            from align.lm_head import TokenLogProbs
+
             base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
             losses = []
             for ids, positions in self.groups[how]:
                 hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[positions]
                 targets = ids.flatten()[(positions + 1).clamp(max=ids.numel() - 1)]
-                losses.append(torch.nn.functional.cross_entropy(base.lm_head(hidden).float(), targets, reduction="sum"))
+                if how.endswith("our head"):
+                    losses.append(-TokenLogProbs.apply(hidden, base.lm_head.weight, None, targets)[0].sum())
+                else:
+                    logits = base.lm_head(hidden).float()
+                    losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
             loss = torch.stack(losses).sum()
         else:
             loss = self.trainer.compute_loss(self.model, dict(self.batch))
@@ -224,11 +241,9 @@ class Sides:
         linear = config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
         head = config.hidden_size * config.vocab_size
         factor = 4 if hasattr(self.model, "peft_config") else 6
-        from align.packing import pair_slots
-
         tokens = labelled = scores = 0
         for p in self.pairs:
-            slots = pair_slots(p["prompt_ids"] + p["chosen_ids"], p["prompt_ids"] + p["rejected_ids"])
+            slots = slots_of(p)
             tokens, labelled = tokens + slots, labelled + len(p["chosen_ids"]) + len(p["rejected_ids"])
             prompt, sides = len(p["prompt_ids"]), (len(p["chosen_ids"]), len(p["rejected_ids"]))
             scores += prompt**2 / 2 + sum(n * (prompt + n / 2) for n in sides)
@@ -263,9 +278,9 @@ def compare(name: str, shape: str, count: int, steps: int, device: str, attentio
     else:  # one model at a time in memory
         losses, gradients = {}, {}
         for which in ("trl", "ours", "floor"):
+            side = Sides(which, spec, pairs, device, "sdpa" if which == "floor" else attention)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            side = Sides(which, spec, pairs, device, attention)
             for step in range(steps + 2):
                 taken = side.step()
                 if step > 1:

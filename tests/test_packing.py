@@ -72,12 +72,13 @@ def test_slots_are_counted_beforehand():
     ids, mask, labels = padded(PAIRS)
     for i, (prompt, chosen, rejected) in enumerate(PAIRS):
         (layout,) = lay_out_pairs(ids[[i, i + 6]], mask[[i, i + 6]], labels[[i, i + 6]])
-        slots = pair_slots(prompt + chosen, prompt + rejected)
+        slots = pair_slots(prompt + chosen, prompt + rejected, len(prompt))
         assert layout.pair.shape == (1, slots)
-        assert slots <= len(prompt) - 1 + len(chosen) + len(rejected)
-    assert shared_tokens([1, 2, 3], [1, 2, 4]) == 2
-    assert shared_tokens([1, 2, 3], [1, 2, 3]) == 2  # a row's last token predicts nothing
-    assert shared_tokens([1], [1]) == 0
+        assert slots == len(prompt) - 1 + len(chosen) + len(rejected) - (len(chosen) == 0) - (len(rejected) == 0)
+    assert shared_tokens([1, 2, 3], [1, 2, 4], 3) == 2
+    assert shared_tokens([1, 2, 3], [1, 2, 3], 3) == 2  # a row's last token predicts nothing
+    assert shared_tokens([1, 2, 3], [1, 2, 4], 1) == 1  # completions that begin alike are not shared
+    assert shared_tokens([1], [1], 1) == 0
 
 
 def test_truncated_rows_share_nothing_that_differs():
@@ -139,7 +140,9 @@ def test_a_pair_never_leaks_into_another(attention):
                 changed = ids.clone()
                 prompt = len(pairs[pair][0])
                 rows = [pair, pair + len(pairs)] if column < prompt else [row]
-                changed[rows, column] = 395
-                after = logits(changed)
-                assert all(torch.equal(after[other], before[other]) for other in before if other != pair)
-                assert after[pair].shape != before[pair].shape or not torch.equal(after[pair], before[pair])
+                # Any token, also the one that the other side has there: completions may begin alike.
+                for token in {395, int(ids[(row + len(pairs)) % (2 * len(pairs)), column])} - {int(ids[row, column])}:
+                    changed[rows, column] = token
+                    after = logits(changed)
+                    assert all(torch.equal(after[other], before[other]) for other in before if other != pair)
+                    assert not torch.equal(after[pair], before[pair])

@@ -14,12 +14,14 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
+    LlamaConfig,
     MistralConfig,
     MixtralConfig,
     Qwen3Config,
 )  # fmt: skip
 
 from align import TokenDPOConfig, TokenDPOTrainer
+from align.trainers.prefix_sharing import why_not
 
 SIZES = {
     "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -34,7 +36,11 @@ OTHERS = {
 }  # fmt: skip
 UNABLE = {
     "sliding_window": MistralConfig(**SIZES, sliding_window=4),
-    "attn_logit_softcapping|sliding": Gemma2Config(**SIZES),
+    "layers of kind sliding_attention|attn_logit_softcapping": Gemma2Config(**SIZES),
+    "attn_logit_softcapping": Gemma2Config(**SIZES, layer_types=["full_attention"] * 2),
+    "rope_type 'dynamic'": LlamaConfig(
+        **SIZES, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    ),
     "experts": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
 }
 
@@ -135,6 +141,55 @@ def test_prompt_tuning_is_named(tmp_path, tokenizer, caplog):
     assert "puts positions before the prompt" in caplog.text
 
 
+def test_settings_that_rows_must_not_share_are_named(tmp_path, tokenizer, caplog):
+    for lora, settings, words in (
+        (
+            LoraConfig(**{**LORA, "alora_invocation_tokens": [5, 6]}, task_type="CAUSAL_LM"),
+            {},
+            "alora_invocation_tokens",
+        ),
+        (None, {"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
+        (LoraConfig(**LORA, lora_dropout=0.1), {"disable_dropout": False}, "dropout is on"),
+    ):
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            assert not make_trainer(tmp_path, tokenizer, tiny_llama(), lora=lora, **settings)._layout.shares
+        assert words in caplog.text
+    with caplog.at_level("WARNING"):
+        model = tiny_llama()
+        model.config._attn_implementation = "flash_attention_2"
+        assert "'flash_attention_2' takes no mask of ours" in why_not(model, model)
+
+
+def test_a_model_that_breaks_on_our_mask_trains_in_rows(tmp_path, tokenizer, caplog):
+    def forward(module, args, kwargs):
+        if kwargs["attention_mask"].ndim != 2:
+            raise AssertionError("padding masks only")
+
+    model = tiny_llama()
+    model.base_model.register_forward_pre_hook(forward, with_kwargs=True)
+    with caplog.at_level("WARNING"):
+        assert not make_trainer(tmp_path, tokenizer, model)._layout.shares
+    assert "fails on the layout's mask (AssertionError: padding masks only)" in caplog.text
+
+
+def test_a_model_that_ignores_our_mask_is_found_out_in_bfloat16(tmp_path, tokenizer, caplog):
+    """Weights as small as those of a fresh model, where nothing makes much of a difference."""
+
+    def forward(module, args, kwargs):
+        mask = kwargs.get("attention_mask")
+        return args, kwargs | ({"attention_mask": None} if mask is not None and mask.ndim == 4 else {})
+
+    model = tiny_llama(initializer_range=0.02).bfloat16()
+    model.base_model.register_forward_pre_hook(forward, with_kwargs=True)
+    with caplog.at_level("WARNING"):
+        trainer = make_trainer(tmp_path, tokenizer, model, lora=LoraConfig(**LORA), bf16=True)
+    assert not trainer._layout.shares and "gives other log-probabilities" in caplog.text
+    assert make_trainer(
+        tmp_path, tokenizer, tiny_llama(initializer_range=0.02).bfloat16(), lora=LoraConfig(**LORA), bf16=True
+    )._layout.shares
+
+
 def test_a_model_that_makes_something_else_of_our_mask_is_found_out(tmp_path, tokenizer, caplog):
     """Nothing in its configuration tells; two short pairs do."""
 
@@ -183,8 +238,12 @@ def test_changing_a_pair_leaves_all_others_as_they_were(tmp_path, tokenizer, sha
     for index, pair in enumerate(pairs):
         others = [row for row in range(12) if row % 6 != index]
         for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
-            changed = [dict(row) for row in pairs]
-            changed[index][column] = [395] * len(pair[column])
-            after = logps(changed)
-            assert torch.equal(after[others], before[others])
-            assert not torch.equal(after, before)
+            values = [[395] * len(pair[column])]
+            if column == "rejected_ids":  # both sides begin alike, or no longer do
+                values.append([*pair["chosen_ids"][:1], *pair[column][1:]])
+            for value in values:
+                changed = [dict(row) for row in pairs]
+                changed[index][column] = value
+                after = logps(changed)
+                assert torch.equal(after[others], before[others])
+                assert value == pair[column] or not torch.equal(after, before)

@@ -147,7 +147,13 @@ def test_rac_leaves_right_answers_alone(tmp_path):
     )
     sft.train()
     for share in (1.0, 0.0):
-        options = {"keep_correct_share": share, "max_new_tokens": 30, "temperature": 0.0, "max_steps": 1, "learning_rate": 0.0}
+        options = {
+            "keep_correct_share": share,
+            "max_new_tokens": 30,
+            "temperature": 0.0,
+            "max_steps": 1,
+            "learning_rate": 0.0,
+        }
         out = tmp_path / f"rac-{share}"
         make("rac", out, tokenizer, data=data, model=sft.model, per_device_train_batch_size=4, **options).train()
         rows = contexts(out)

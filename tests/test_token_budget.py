@@ -12,7 +12,7 @@ from test_token_dpo import LORA, assert_close, options, separate_reference
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM
 
-from align import CDPOConfig, CDPOTrainer
+from align import CDPOConfig, CDPOTrainer, TokenDPOConfig, TokenDPOTrainer
 from align.errors import ConfigError
 from align.packing import group_pairs, layout_slots, pair_slots
 from align.trainers.token_budget import LongestFirst
@@ -106,7 +106,10 @@ def test_a_training_begins_with_the_longest_pairs(tmp_path, tokenizer):
         orders.append(seen)
     plain, ours = orders
     by_size = sorted(
-        pairs, key=lambda p: -pair_slots(p["prompt_ids"] + p["chosen_ids"], p["prompt_ids"] + p["rejected_ids"])
+        pairs,
+        key=lambda p: (
+            -pair_slots(p["prompt_ids"] + p["chosen_ids"], p["prompt_ids"] + p["rejected_ids"], len(p["prompt_ids"]))
+        ),
     )
     first = [tuple(p["prompt_ids"]) for p in by_size[:4]]
     assert ours[:4] == first and plain[:4] != first
@@ -158,7 +161,11 @@ def test_accumulated_batches_are_what_they_were(tmp_path, model_dir, tokenizer):
         )
         rows = sorted(
             random_pairs(24, columns=("ce_scores",)),
-            key=lambda p: -pair_slots(p["prompt_ids"] + p["chosen_ids"], p["prompt_ids"] + p["rejected_ids"]),
+            key=lambda p: (
+                -pair_slots(
+                    p["prompt_ids"] + p["chosen_ids"], p["prompt_ids"] + p["rejected_ids"], len(p["prompt_ids"])
+                )
+            ),
         )
         trainer = CDPOTrainer(
             policy, ref_model=reference, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
@@ -188,3 +195,20 @@ def test_what_cannot_be_cut_is_refused(tmp_path, tokenizer):
             args=CDPOConfig(**options(tmp_path, max_tokens_per_batch=64)),
             train_dataset=Dataset.from_list(random_pairs(4, columns=("ce_scores",))), processing_class=tokenizer,
         )  # fmt: skip
+
+
+def test_what_a_budget_cannot_be_used_with(tmp_path, tokenizer):
+    for model, settings, words in (
+        (tiny_llama(), {"optim": "galore_adamw_layerwise"}, "optim='galore_adamw_layerwise' updates within each"),
+        (tiny_llama(), {"optim": "lomo"}, "optim='lomo' updates within each"),
+        (
+            tiny_llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+            {},
+            "rope_type 'dynamic'.*longest row",
+        ),
+    ):
+        args = TokenDPOConfig(**options(tmp_path, max_tokens_per_batch=30, **settings))
+        with pytest.raises(ConfigError, match=words):
+            TokenDPOTrainer(
+                model, args=args, train_dataset=Dataset.from_list(random_pairs(4)), processing_class=tokenizer
+            )

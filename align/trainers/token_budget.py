@@ -15,7 +15,8 @@ from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..errors import ConfigError
-from ..packing import pair_slots
+from ..logps import length_dependent
+from ..packing import IGNORED
 from ..tokens import truncate
 
 #: Per-token fields of a model's outputs that TRL's loss and metrics read.
@@ -123,7 +124,10 @@ class TokenBudget(DPOTrainer):
         columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
         cut = self.args.max_length, self.args.truncation_mode
         sizes = [
-            pair_slots(*(truncate([*row["prompt_ids"], *row[f"{side}_ids"]], *cut) for side in ("chosen", "rejected")))
+            self._layout.size(
+                *(truncate([*row["prompt_ids"], *row[f"{side}_ids"]], *cut) for side in ("chosen", "rejected")),
+                len(row["prompt_ids"]),
+            )
             for row in columns
         ]
         processes = self.accelerator.num_processes
@@ -165,6 +169,18 @@ class TokenBudget(DPOTrainer):
                 "max_tokens_per_batch cuts the batch that a router loss is computed of; set router_aux_loss_coef=0, or unset it"
             )
 
+    @staticmethod
+    def check_budget_settings(args: Any, config: Any) -> None:
+        """Raises a ConfigError for what `max_tokens_per_batch` cannot be used with, before anything is computed."""
+        optimizer = str(getattr(args.optim, "value", args.optim))
+        if optimizer.endswith("layerwise") or optimizer in ("lomo", "adalomo"):
+            raise ConfigError(
+                f"max_tokens_per_batch runs several backward passes for one update, and optim={optimizer!r} updates within each; "
+                "unset one of them"
+            )
+        if reason := length_dependent(config):
+            raise ConfigError(f"max_tokens_per_batch: {reason}, so a batch cut in parts has other numbers; unset it")
+
     def _sft_by_tokens(self, logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """What the term `sft` of a part lacks: it is a mean over tokens, so it counts by its share of tokens, not of pairs."""
         chosen = mask.chunk(2)[0]
@@ -177,7 +193,8 @@ class TokenBudget(DPOTrainer):
         # The loss of the released code of cDPO counts positions of padding.
         whole = getattr(self.args, "loss_aggregation", None) == "position"
         mask, padded = inputs["attention_mask"], whole and not self._layout.shares
-        groups = self._layout.groups(inputs["input_ids"], torch.ones_like(mask) if padded else mask)
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
+        groups = self._layout.groups(inputs["input_ids"], torch.ones_like(mask) if padded else mask, labels)
         count, width = len(inputs["input_ids"]) // 2, inputs["input_ids"].shape[1]
         chosen = inputs["completion_mask"][:count, 1:].sum(1).tolist()
         used = (mask.view(2, count, width) != 0).any(0).cpu()

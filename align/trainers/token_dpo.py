@@ -107,10 +107,13 @@ class TokenPreferenceCollator(DataCollatorForPreference):
 
 def _vocab_size(model, args: TokenDPOConfig) -> int:
     """How many ids a model, loaded or named, can be fed."""
+    return _config_of(model, args).get_text_config().vocab_size if isinstance(model, str) else vocab_size(model)
+
+
+def _config_of(model, args: TokenDPOConfig):
     if not isinstance(model, str):
-        return vocab_size(model)
-    config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
-    return config.get_text_config().vocab_size
+        return model.config
+    return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
 
 
 class _TokenWeightedModel:
@@ -198,6 +201,8 @@ class TokenDPOTrainer(TokenBudget, TokenReference):
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 columns=(*self.token_columns, "ref_logps"),
             )
+        if args.max_tokens_per_batch is not None:
+            self.check_budget_settings(args, _config_of(model, args))
         #: Rows, dropped and truncated rows of every data set, by its name.
         self.data_report: dict[str, dict[str, int]] = {}
         self._vocabulary = min(len(processing_class), _vocab_size(model, args))
