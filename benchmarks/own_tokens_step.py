@@ -49,16 +49,16 @@ def main(
     model: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(MODELS)}.")] = None,
     prompt: tuple[int, int] = (64, 192),
     completion: tuple[int, int] = (64, 192),
-    batch: int = 8,
+    batch: int = 4,
     refresh_steps: int = 16,
     epsilon: float = 0.25,
-    windows: int = 3,
+    windows: int = 2,
     device: str = "cpu",
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Times all of them and prints the table."""
     results = []
-    for name in model or ["small, V=32k", "small, V=32k, LoRA"]:
+    for name in model or ["small, V=400", "small, V=32k, LoRA"]:
         results += compare(name, prompt, completion, batch, refresh_steps, epsilon, windows, device)
     shown = [{k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()} for row in results]
     print(markdown_table(shown))

@@ -48,6 +48,8 @@ def test_the_chain_by_hand(chain):
     assert "| pass@4" in printed
     assert '"chosen_guidance_logratios"' in (folder / "guided.jsonl").read_text()
     assert '"rejected_rollout_values"' in (folder / "rollouts.jsonl").read_text()
+    assert '"input_ids"' in (folder / "mixed.jsonl").read_text()
+    assert '"generated_ids"' in (folder / "corrections.jsonl").read_text()
     assert '"rejected_entropies"' in (folder / "entropy.jsonl").read_text()
     assert (folder / "pairs.html").exists() and (folder / "referenced.jsonl").exists()
 
@@ -56,7 +58,7 @@ def test_the_python_examples(chain, monkeypatch):
     """On the files that the chain by hand leaves."""
     from align.records import read_records
 
-    example, own = (
+    example, own, bash = (
         block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "data/tiny-arithmetic/model") for block in blocks("python")
     )
     monkeypatch.chdir(chain[0])
@@ -74,6 +76,17 @@ def test_the_python_examples(chain, monkeypatch):
     assert names["trainer"].state.log_history[0]["weights/rejected"] == pytest.approx(
         sum(values) / len(values), abs=1e-4
     )
+
+    problems = read_records("data/tiny-arithmetic/train.jsonl")[:40]
+    rows = [{"prompt": row["prompt"], "completion": row["solution"]} for row in problems]
+    loading = 'load_dataset("trl-lib/Capybara", split="train")'
+    assert loading in bash
+    names = {"rows": rows}
+    exec(
+        "from datasets import Dataset\n" + bash.replace(loading, "Dataset.from_list(rows)").replace("bf16=True", cpu),
+        names,
+    )
+    assert 0.1 < names["trainer"].state.log_history[0]["bash/own_tokens"] <= 0.25
 
 
 def test_named_files_exist():
@@ -139,3 +152,28 @@ def test_the_tgdpo_step_is_quoted_as_measured():
             f"{row['largest relative difference of a loss']:.0e}",
         ]
         assert f"| {name} | {' | '.join(cells)} |" in README, name
+
+
+def test_the_speed_of_a_step_is_quoted_as_measured():
+    results = json.loads((ROOT / "benchmarks/results/dpo_step_cpu.json").read_text())["results"]
+    more = json.loads((ROOT / "benchmarks/results/dpo_step_cpu_more.json").read_text())["results"]
+    assert len(results) == 6 and len(more) == 6
+    for row in results:
+        seconds, memory = row["seconds"], row["peak memory, GB"]
+        cells = [
+            f"{seconds['trl']:.1f}",
+            f"{seconds['ours']:.1f}",
+            f"{row['TRL / ours']:.1f}",
+            f"{row['ours / floor']:.2f}",
+        ]
+        cells.append(f"{memory['trl']:.1f} → {memory['ours']:.1f}")
+        assert f"| {row['model']} | {row['shape']} | {' | '.join(cells)} |" in README, (row["model"], row["shape"])
+    for row in more:
+        assert f"{row['TRL / ours']:.1f}" in README, (row["model"], row["shape"])
+    largest = max(row["relative difference of gradients"] for row in results)
+    assert f"gradients agree to {largest:.0e}" in README
+    growth = json.loads((ROOT / "benchmarks/results/dpo_growth.json").read_text())["rows"]
+    for row in growth:
+        assert f"| {row['prompt']:,} | {row['trl']:.2f} | {row['ours']:.2f} | {row['ratio']:.1f} |" in README, row[
+            "prompt"
+        ]
