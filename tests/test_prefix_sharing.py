@@ -87,6 +87,27 @@ def test_loss_and_gradient_are_those_of_padded_rows(tmp_path, tokenizer, attenti
     assert_close(loss, grads, expected_loss, expected, 1e-5)
 
 
+def test_a_quantized_base(tmp_path, tokenizer, model_dir):
+    """Loss and gradients of QLoRA."""
+    pytest.importorskip("bitsandbytes")
+    from align import load_model
+
+    found = []
+    for share in (True, False):
+        torch.manual_seed(0)
+        trainer = TokenDPOTrainer(
+            load_model(model_dir, dtype="float32", quantization="4bit"), args=TokenDPOConfig(**options(tmp_path, prefix_sharing=share)),
+            train_dataset=Dataset.from_list(mixed_pairs()), processing_class=tokenizer,
+            peft_config=LoraConfig(**{**LORA, "init_lora_weights": False}),
+        )  # fmt: skip
+        assert trainer._layout.shares == share
+        found.append(batch_loss(trainer, mixed_pairs()))
+    (loss, grads), (expected_loss, expected) = found
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    # TRL keeps the adapters of a quantized base in bfloat16, and so are their gradients: equal but for their last bit.
+    assert_close(loss, grads, expected_loss, expected, 2**-8)
+
+
 def test_flex_attention_evaluates_the_same(tmp_path, tokenizer):
     """Its backward pass needs a GPU."""
     losses = []

@@ -81,12 +81,13 @@ def test_the_python_examples(chain, monkeypatch):
     rows = [{"prompt": row["prompt"], "completion": row["solution"]} for row in problems]
     loading = 'load_dataset("trl-lib/Capybara", split="train")'
     assert loading in bash
+    two_steps = cpu.replace("max_steps=1", "max_steps=2")
+    bash = bash.replace(loading, "Dataset.from_list(rows)").replace("bf16=True", two_steps)
     names = {"rows": rows}
-    exec(
-        "from datasets import Dataset\n" + bash.replace(loading, "Dataset.from_list(rows)").replace("bf16=True", cpu),
-        names,
-    )
-    assert 0.1 < names["trainer"].state.log_history[0]["bash/own_tokens"] <= 0.25
+    exec("from datasets import Dataset\n" + bash, names)
+    # Of two steps, a linear schedule has no own tokens in the first and ε in the second.
+    first, second = (entry["bash/own_tokens"] for entry in names["trainer"].state.log_history[:2])
+    assert first == 0 and 0.2 < second < 0.3
 
 
 def test_named_files_exist():

@@ -213,7 +213,9 @@ def test_qlora_equals_trl(tmp_path, model_dir, tokenizer, share):
         )  # fmt: skip
         trainer.train()
         runs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert runs[1] == pytest.approx(runs[0], rel=1e-5 if share else 1e-6)
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-5 if share else 1e-6)
+    # Adam's first update is the gradient's sign, which rounding decides where there is next to no gradient.
+    assert runs[1] == pytest.approx(runs[0], rel=1e-3 if share else 1e-6)
     assert abs(runs[2][0] - runs[0][0]) > 1e-4
 
 
