@@ -160,6 +160,8 @@ def configured_not_to_share(model: PreTrainedModel, implementations: Sequence[st
             return f"{name} has attention that depends on distances ({window})"
     if reason := length_dependent(config):
         return f"{name}: {reason}"
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in getattr(model, "peft_config", {}).values()):
+        return "its adapter looks for the last invocation of a row (alora_invocation_tokens), and a row holds several"
     if any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values()):
         return "its adapter puts positions before the prompt"
     if (attention := getattr(config, "_attn_implementation", None)) not in implementations:

@@ -32,7 +32,7 @@ TEACHER, STUDENT = "teacher", "student"
 
 @dataclass(frozen=True)
 class RSDConfig:
-    """How traces are drawn; the values of the probable author script are in METHODS.
+    """How traces are drawn. Temperature, top-p, top-k and threshold are the probable author script's, which draws up to 5 times.
 
     Args:
         threshold: τ, the least raw probability under the student of a token that it accepts.
@@ -77,7 +77,7 @@ class Trace:
         teacher_probs, student_probs: per token, its raw probability under either model, before temperature, top-p and top-k.
         finish_reason: `stop`; `length` at `max_new_tokens`; `context` where a model's context is full; `empty_prompt` and
             `prompt_too_long` where nothing could be drawn.
-        rounds: passes of the teacher that it took part in, the prompt's included.
+        rounds: passes of the teacher that it took part in, the prompt's not counted.
     """
 
     completion_ids: list[int] = field(default_factory=list)

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, MissingColumnError, RecordError
 from .logps import Batch, completion_logits, per_token
-from .records import Record, row_name, write_records
-from .stages import forget, records_hash, run_in_parts, write_manifest
+from .records import Record, read_records, row_name
+from .stages import records_hash, run_in_parts, write_chosen
 from .tokens import check_row_ids
 
 if TYPE_CHECKING:
@@ -204,20 +204,12 @@ def select_traces(
         scores_path, range(0, len(right), PART), compute, stage="select", settings=scoring,
         order=lambda row: row.pop("_row"), finish=finish,
     )  # fmt: skip
-    from .processes import process_state
-    from .records import read_records
-
     kept = keep(read_records(scores_path), config)
     counts = {
         "rows": len(kept), "traces": len(traces), "empty": len(traces) - len(there), "wrong": len(there) - len(right),
         "problems": len({row["id"] for row in kept}),
     }  # fmt: skip
-    process = process_state()
-    if process.is_main_process:
-        forget(out_path)
-        write_records(out_path, kept)
-        write_manifest(out_path, "select", select_settings(traces, config, settings), counts)
-    process.wait_for_everyone()
+    write_chosen(out_path, kept, "select", select_settings(traces, config, settings), counts)
     return counts
 
 

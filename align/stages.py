@@ -62,6 +62,20 @@ def write_manifest(path: str | os.PathLike, stage: str, settings: Mapping[str, A
         temporary.write_text(json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False), encoding="utf-8")
 
 
+def write_chosen(
+    path: str | os.PathLike, rows: list[Record], stage: str, settings: Mapping[str, Any], counts: Mapping[str, Any]
+) -> None:
+    """Writes rows that every process has, with their manifest, from one of them; the others wait."""
+    from .processes import process_state
+
+    process = process_state()
+    if process.is_main_process:
+        forget(path)
+        write_records(path, rows)
+        write_manifest(path, stage, settings, counts)
+    process.wait_for_everyone()
+
+
 def forget(path: str | os.PathLike) -> None:
     """Removes the manifest of `path`; call it before the output is replaced, or an old manifest could stand beside it."""
     manifest_path(path).unlink(missing_ok=True)

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, RecordError
-from .records import Record, check_records, read_records, write_records
+from .records import Record, check_records, read_records
 from .rsd import TEACHER, RSDConfig, Trace, reverse_speculative_decode
 from .sample import end_token_ids
-from .stages import forget, records_hash, run_in_parts, write_manifest
+from .stages import records_hash, run_in_parts, write_chosen
 from .tokens import decode_completion, encode_prompt
 from .verify import verify_completion
 from .vocabulary import shared_ids
@@ -125,15 +125,8 @@ def trace_problems(
         out_path, batches, compute, stage="trace", settings=drawn, order=lambda row: row.pop("_row"), finish=finish,
         count=lambda rows: _count(rows) | {"prompt_too_long_for_us": len(problems) - len(places)}, note=note,
     )  # fmt: skip
-    from .processes import process_state
-
-    process = process_state()
     chosen, more = choose(read_records(out_path), config)
-    if process.is_main_process:
-        forget(kept_path)
-        write_records(kept_path, chosen)
-        write_manifest(kept_path, "trace kept", depends, more)
-    process.wait_for_everyone()
+    write_chosen(kept_path, chosen, "trace kept", depends, more)
     return counts | more
 
 

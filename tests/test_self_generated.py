@@ -188,6 +188,10 @@ def test_a_checkpoint_without_its_contexts_says_so(tmp_path, tokenizer, capsys):
     assert "has no contexts.jsonl; contexts are drawn anew" in capsys.readouterr().out
 
 
+def test_a_stream_that_has_ended(tmp_path, tokenizer):
+    assert make("bash", tmp_path, tokenizer).get_batch_samples(iter([]), 2, "cpu") == ([], None)
+
+
 def test_contexts_kept_to_look_at(tmp_path, tokenizer):
     make("bash", tmp_path / "two", tokenizer, max_steps=9).train()
     names = [path.name for path in sorted((tmp_path / "two" / "contexts").iterdir())]

@@ -194,8 +194,6 @@ def why_not(model: PreTrainedModel, base: PreTrainedModel) -> str | None:
     for name in EXPERTS:
         if (getattr(config, name, None) or 0) > 1:
             return f"{type(base).__name__} is a mixture of experts ({name} = {getattr(config, name)}), whose router reads padded rows"
-    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in getattr(model, "peft_config", {}).values()):
-        return "its adapter looks for the last invocation of a row (alora_invocation_tokens), and a row holds several"
     if getattr(config, "attn_logit_softcapping", None):
         return f"{type(base).__name__} caps attention scores (attn_logit_softcapping)"
     return configured_not_to_share(model, IMPLEMENTATIONS)

@@ -8,6 +8,7 @@ collator and everything after are TRL's.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -58,7 +59,7 @@ class SelfGeneratedConfig(SFTConfig):
 
 @dataclass
 class BASHConfig(SelfGeneratedConfig):
-    """Settings of batch-scheduled sampling; METHODS: the mixing rate is no published figure.
+    """Settings of batch-scheduled sampling; defaults are ours, the paper's mixing rate was not at hand.
 
     Args:
         epsilon: chance that a context token is the model's own.
@@ -125,7 +126,7 @@ class Place:
     source: Example
 
 
-class SelfGeneratedTrainer(SFTTrainer):
+class SelfGeneratedTrainer(SFTTrainer, ABC):
     """Reads ahead, has contexts drawn, stores them; subclasses say how in `draw`."""
 
     config_class = SelfGeneratedConfig
@@ -152,10 +153,10 @@ class SelfGeneratedTrainer(SFTTrainer):
         self._records: list[Record] = []  # their contexts, those of all processes
         self._stored: list[Record] = []  # of the checkpoint
 
+    @abstractmethod
     def draw(self, places: Sequence[Place]) -> list[Record]:
         """Trained-on examples of a window's places, all processes' together: records with `input_ids` and `labels`, and what
         else is worth a look, the same in every process."""
-        raise NotImplementedError
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, Any]:
         if epoch_iterator is not self._iterator:
@@ -178,6 +179,8 @@ class SelfGeneratedTrainer(SFTTrainer):
         places = [self._places(first, number, batch) for number, batch in enumerate(batches)]
         mine = [place for of_batch in places for place in of_batch]
         everyones = sorted(gather_object(mine), key=lambda place: (place.step, place.position))
+        if not everyones:
+            return  # a stream that ends before it was expected to
         self._records = self._found(stored, everyones) or self._drawn(everyones)
         by_place = {(row["step"], row["position"]): row for row in self._records}
         for of_batch in places:
