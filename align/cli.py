@@ -232,27 +232,31 @@ def merge(
 
 @app.command()
 def inspect(
-    pairs: str,
+    pairs: Annotated[str, typer.Argument(help="Scored pairs, or traces.")],
     out: Annotated[str, typer.Argument(help="HTML page to write.")],
     tokenizer: Annotated[str, typer.Option(help="Hub name or folder of the tokenizer that made the ids.")],
     column: Annotated[
-        list[str] | None, typer.Option(help="Token-level column without its side, e.g. ce_scores.")
+        list[str] | None, typer.Option(help="Token-level column, of pairs without its side: ce_scores, student_probs.")
     ] = None,
     limit: int = 1000,
-    title: str = "align: pairs",
+    title: str | None = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Writes a page of pairs with tokens coloured by a token-level column.
+    """Writes a page of pairs, or of traces, with tokens coloured by a token-level column.
 
     Example: align inspect scored.jsonl pairs.html --tokenizer data/tiny-arithmetic/model
     """
     from .models import load_tokenizer
-    from .records import read_records
-    from .report import inspect_pairs
+    from .records import check_records, read_records
+    from .report import inspect_pairs, inspect_traces
 
-    rows = read_records(pairs, "pair")
+    rows = read_records(pairs)
     loaded = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
-    typer.echo(inspect_pairs(rows, loaded, out, columns=column, limit=limit, title=title))
+    if rows and "from_teacher" in rows[0]:
+        typer.echo(inspect_traces(rows, loaded, out, columns=column, limit=limit, title=title or "align: traces"))
+        return
+    check_records(rows, "pair", source=pairs)
+    typer.echo(inspect_pairs(rows, loaded, out, columns=column, limit=limit, title=title or "align: pairs"))
 
 
 def main() -> None:

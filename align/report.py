@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 SIDES = ("chosen", "rejected")
 
+#: Token-level columns of a trace, in the order of the page.
+TRACE_COLUMNS = ("student_probs", "from_teacher", "teacher_probs")
+
 #: What the page says of each column, and which values its colour brings out.
 MEANINGS = {
     "ce_scores": (
@@ -34,7 +37,22 @@ MEANINGS = {
     ),
     "entropies": ("high", "Entropy of the policy before this token, in nats; high = it had a choice."),
     "ref_logps": ("low", "Log-probability under the reference in nats; low = surprising."),
+    "student_probs": (
+        "low",
+        "Probability under the student, before temperature, top-p and top-k; low = surprising to it.",
+    ),
+    "teacher_probs": (
+        "low",
+        "Probability under the teacher, before temperature, top-p and top-k; low = surprising to it.",
+    ),
+    "from_teacher": (
+        "low",
+        "1 where the teacher proposed the token and the student accepted it, 0 where it is the student's own.",
+    ),
 }
+
+#: Columns that are shares, whatever values there are.
+UNIT = ("ce_scores", "rollout_values", "student_probs", "teacher_probs", "from_teacher")
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
@@ -190,16 +208,91 @@ def inspect_pairs(
     present = _present_columns(pairs, [columns] if isinstance(columns, str) else columns)
     for index, pair in enumerate(pairs):
         _check_pair(pair, row_name(pair, index), present)
+    return _write_page(pairs, tokenizer, out_path, SIDES, "pairs", present, limit, title, summary, facts)
+
+
+def inspect_traces(
+    traces: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    out_path: str | os.PathLike,
+    *,
+    columns: Sequence[str] | None = None,
+    limit: int | None = 1000,
+    title: str = "align: traces",
+    facts: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes the same page for traces of `align trace`: tokens coloured by what the student makes of them, and by source.
+
+    Args:
+        traces: records with `completion_ids` and, one number per id, `student_probs`, `teacher_probs` and `from_teacher`.
+            Traces without a token are left out, and counted among the facts.
+        columns: those to choose from, the one shown first in front.
+        tokenizer, out_path, limit, title, facts: see `inspect_pairs`.
+
+    Raises:
+        MissingColumnError, RecordError, ConfigError, RecordFileError: see `inspect_pairs`.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit={limit} would show no trace; give at least 1, or None for all")
+    columns = list(TRACE_COLUMNS) if columns is None else [columns] if isinstance(columns, str) else list(columns)
+    if unknown := sorted(set(columns) - set(TRACE_COLUMNS)):
+        raise MissingColumnError(f"traces have no column {', '.join(unknown)}; there are {', '.join(TRACE_COLUMNS)}")
+    rows = []
+    for index, trace in enumerate(traces):
+        name = row_name(trace, index)
+        for column in ("id", "prompt", "completion_ids", *columns):
+            if trace.get(column) is None:
+                raise MissingColumnError(
+                    f"{name}: column {column!r} is missing; give traces as `align trace` writes them"
+                )
+        if not trace["completion_ids"]:
+            continue
+        check_ids(trace["completion_ids"], "completion_ids", name)
+        row = {"id": trace["id"], "prompt": trace["prompt"], "trace_ids": trace["completion_ids"]}
+        if "sample" in trace:
+            row["id"] = f"{trace['id']}, sample {trace['sample']}"
+        if "correct" in trace:
+            row["id"] += ", right" if trace["correct"] else ", wrong"
+        for column in columns:
+            values = trace[column]
+            if not isinstance(values, list) or len(values) != len(trace["completion_ids"]):
+                raise RecordError(f"{name}: {column} needs one number for each of {len(trace['completion_ids'])} ids")
+            if not all(isinstance(v, (bool, int, float)) and 0 <= v <= 1 for v in values):
+                raise RecordError(f"{name}: {column} has a value that is no number in [0, 1]")
+            row[f"trace_{column}"] = [float(v) for v in values]
+        rows.append(row)
+    if not rows:
+        raise RecordError(f"none of {len(traces)} traces has a token to show")
+    if left_out := len(traces) - len(rows):
+        facts = {**(facts or {}), "traces without a token, left out": str(left_out)}
+    return _write_page(rows, tokenizer, out_path, ("trace",), "traces", columns, limit, title, None, facts)
+
+
+def _write_page(
+    rows: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    out_path: str | os.PathLike,
+    sides: Sequence[str],
+    noun: str,
+    columns: Sequence[str],
+    limit: int | None,
+    title: str,
+    summary: Sequence[Mapping[str, Any]] | None,
+    facts: Mapping[str, str] | None,
+) -> Path:
+    """Rows with `<side>_ids` and `<side>_<column>` for each of `sides`."""
     decode, vocabulary = _decoder(tokenizer), {}
     data = {
-        "columns": [_column(pairs, column) for column in present],
-        "pairs": [_page_row(pair, decode, vocabulary, present) for pair in pairs[:limit]],
-        "total": len(pairs),
+        "sides": list(sides),
+        "columns": [_column(rows, column, sides) for column in columns],
+        "pairs": [_page_row(row, decode, vocabulary, columns, sides) for row in rows[:limit]],
+        "total": len(rows),
     }
     special = set(tokenizer.all_special_ids)
     data["vocabulary"] = [[token_id, text, int(token_id in special)] for token_id, text in vocabulary]
     page = _render(
-        title=title, data=_script_safe(data), shown=len(data["pairs"]), total=len(pairs), facts=dict(facts or {}),
+        title=title, data=_script_safe(data), shown=len(data["pairs"]), total=len(rows), noun=noun, facts=dict(facts or {}),
+        marked="a rejected answer" if "rejected" in sides else "an answer",
         summary=list(summary or ()), header=list(dict.fromkeys(name for row in summary or () for name in row)),
     )  # fmt: skip
     out_path = Path(out_path)
@@ -239,12 +332,12 @@ def _check_pair(pair: Mapping[str, Any], name: str, columns: Sequence[str]) -> N
         )
 
 
-def _column(pairs: Sequence[Record], column: str) -> dict[str, Any]:
+def _column(pairs: Sequence[Record], column: str, sides: Sequence[str]) -> dict[str, Any]:
     """What the header of the page says of a column."""
-    values = {side: [v for pair in pairs for v in pair.get(f"{side}_{column}") or ()] for side in SIDES}
-    everything = sorted(values["chosen"] + values["rejected"]) or [0.0]
+    values = {side: [v for pair in pairs for v in pair.get(f"{side}_{column}") or ()] for side in sides}
+    everything = sorted(v for those in values.values() for v in those) or [0.0]
     scale, meaning = MEANINGS.get(column, ("low", ""))
-    if column in ("ce_scores", "rollout_values"):
+    if column in UNIT:
         low, high = 0.0, 1.0
     else:  # a few extreme tokens would leave the rest without contrast
         low, high = everything[len(everything) // 100], everything[-1 - len(everything) // 100]
@@ -260,12 +353,14 @@ def _column(pairs: Sequence[Record], column: str) -> dict[str, Any]:
         "low": low,
         "high": high,
         "clipped": everything[0] < low or everything[-1] > high,
-        "histogram": {side: histogram(values[side], 24, low, high) for side in SIDES},
+        "histogram": {side: histogram(values[side], 24, low, high) for side in sides},
         "first_error": [sum(scores.index(min(scores)) == error for scores, error in known), len(known)],
     }
 
 
-def _page_row(pair: Record, decode, vocabulary: dict[tuple[int, str], int], columns: Sequence[str]) -> dict[str, Any]:
+def _page_row(
+    pair: Record, decode, vocabulary: dict[tuple[int, str], int], columns: Sequence[str], sides: Sequence[str]
+) -> dict[str, Any]:
     """A pair as the page has it. A token is its place in `vocabulary`, which grows: ids and texts recur."""
     prompt = pair["prompt"]
     if not isinstance(prompt, str):
@@ -273,7 +368,7 @@ def _page_row(pair: Record, decode, vocabulary: dict[tuple[int, str], int], colu
     row: dict[str, Any] = {"id": str(pair["id"]), "prompt": prompt}
     if pair.get("first_error") is not None:
         row["first_error"] = pair["first_error"]
-    for side in SIDES:
+    for side in sides:
         ids = pair[f"{side}_ids"]
         tokens = zip(ids, _token_texts(decode, ids), strict=True)
         row[side] = {"tokens": [vocabulary.setdefault(token, len(vocabulary)) for token in tokens]}

@@ -9,8 +9,8 @@ from conftest import CORPUS, byte_level_tokenizer, llama_tokenizer, random_pairs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from align.errors import ConfigError, MissingColumnError, RecordError, RecordFileError
-from align.report import histogram, inspect_pairs, markdown_table, token_texts
+from align.errors import AlignError, ConfigError, MissingColumnError, RecordError, RecordFileError
+from align.report import TRACE_COLUMNS, histogram, inspect_pairs, inspect_traces, markdown_table, token_texts
 
 TOKENIZER = byte_level_tokenizer()
 HOSTILE = "</script><img src=x onerror=alert(1)> & <!-- \u2028 https://example.org/x.js"
@@ -223,3 +223,50 @@ def test_markdown_table():
     assert markdown_table([{"a": 1, "bb": "x"}, {"a": 22, "bb": ""}]) == table
     assert markdown_table([{"a": 1}, {"b": "x|y\nz"}]).splitlines()[-1] == "|   | x\\|y z |"
     assert markdown_table([]) == ""
+
+
+def traces() -> list[dict]:
+    ids = TOKENIZER("37-7=30")["input_ids"]
+    n = len(ids)
+    made = [
+        {"id": f"p{i}", "prompt": "q", "completion_ids": ids, "sample": i, "correct": i == 0,
+         "student_probs": [0.5 + 0.01 * j for j in range(n)], "teacher_probs": [0.25] * n,
+         "from_teacher": [j % 3 > 0 for j in range(n)]}
+        for i in range(3)
+    ]  # fmt: skip
+    empty = {"completion_ids": [], "student_probs": [], "teacher_probs": [], "from_teacher": []}
+    return [*made, {**made[0], "id": "empty", **empty}]
+
+
+def test_page_of_traces(tmp_path):
+    rows = traces()
+    text, _, data = page_data(inspect_traces(rows, TOKENIZER, tmp_path / "page.html"))
+    assert data["sides"] == ["trace"] and [c["name"] for c in data["columns"]] == list(TRACE_COLUMNS)
+    assert [row["id"] for row in data["pairs"]] == ["p0, sample 0, right", "p1, sample 1, wrong", "p2, sample 2, wrong"]
+    assert "traces without a token, left out" in text
+    for row, trace in zip(data["pairs"], rows, strict=False):
+        assert row["trace"]["student_probs"]["values"] == pytest.approx(trace["student_probs"])
+        assert row["trace"]["from_teacher"]["values"] == [float(v) for v in trace["from_teacher"]]
+    for column in data["columns"]:  # a share is shown on [0, 1], whatever values there are
+        assert (column["low"], column["high"]) == (0, 1)
+        assert sum(column["histogram"]["trace"]) == 3 * len(rows[0]["completion_ids"])
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "words"),
+    [
+        ({"student_probs": [0.5]}, {}, "p0.*student_probs needs one number for each of"),
+        ({"teacher_probs": None}, {}, "p0.*column 'teacher_probs' is missing"),
+        ({"from_teacher": [7] * 7}, {"columns": "from_teacher"}, "p0.*from_teacher"),
+        ({}, {"columns": ["ce_scores"]}, "no column ce_scores; there are student_probs"),
+        ({}, {"limit": 0}, "limit=0"),
+    ],
+)
+def test_traces_that_cannot_be_shown(tmp_path, change, settings, words):
+    rows = traces()
+    rows[0] |= change
+    with pytest.raises(AlignError, match=words):
+        inspect_traces(rows, TOKENIZER, tmp_path / "page.html", **settings)
+    with pytest.raises(AlignError, match="none of 1 traces"):
+        inspect_traces(traces()[3:], TOKENIZER, tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
