@@ -32,6 +32,9 @@ def trace(
     special_token: Annotated[
         list[str] | None, typer.Option(help="TEACHER=STUDENT: a special token under another name; may be repeated.")
     ] = None,
+    never: Annotated[
+        list[str] | None, typer.Option(help="A token that only one of the two has, never to be drawn; may be repeated.")
+    ] = None,
     n: Annotated[int, typer.Option(help="Traces per problem.")] = 16,
     threshold: Annotated[float, typer.Option(help="Least probability under the student that it accepts.")] = 0.01,
     draws: Annotated[int, typer.Option(help="Draws of the teacher before the student's own.")] = 5,
@@ -81,12 +84,13 @@ def trace(
     )  # fmt: skip
     depends = identity(
         student, dtype, quantization, student_adapter=student_adapter, teacher=teacher, teacher_adapter=teacher_adapter
-    ) | {"special_tokens": mapping}
+    ) | {"special_tokens": mapping, "never": list(never or ())}
     options = {"dtype": dtype, "quantization": quantization, "trust_remote_code": trust_remote_code}
     *policies, tokenizer = load_policies(
         {"path": teacher, "adapter": teacher_adapter, **options},
         {"path": student, "adapter": student_adapter, **options},
         mapping,
+        never or (),
     )
     print_counts(trace_problems(*policies, tokenizer, rows, out, kept, rsd, config, depends))
 

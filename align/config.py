@@ -16,7 +16,10 @@ from .export import check_format
 from .pair import PairConfig
 from .preferences import tokenize_pairs
 from .problems import load_problems
+from .rsd import RSDConfig
 from .sample import SampleConfig
+from .select import RULES, SelectConfig
+from .trace import TraceConfig
 
 
 @dataclass(frozen=True)
@@ -27,19 +30,27 @@ class Method:
         title: what the table calls it.
         trainer: a key of `align.trainers.training.SFT_TRAINERS` or `PREFERENCE_TRAINERS`.
         scores: where its token-level columns come from; `None` where it learns from demonstrations.
+        learns: a key of `LEARNS`, where it learns from demonstrations.
     """
 
     title: str
     trainer: str
     scores: str | None
+    learns: str | None = None
 
 
 #: Methods in the order of the table, by their name in a configuration.
 METHODS = {
-    "sft": Method("SFT", "sft", None),
-    "bash": Method("BASH", "bash", None),
-    "bash_autoregressive": Method("BASH, autoregressive", "bash", None),
-    "rac": Method("RAC", "rac", None),
+    "sft": Method("SFT", "sft", None, "demonstrations"),
+    "bash": Method("BASH", "bash", None, "demonstrations"),
+    "bash_autoregressive": Method("BASH, autoregressive", "bash", None, "demonstrations"),
+    "rac": Method("RAC", "rac", None, "demonstrations"),
+    "teacher_samples": Method("SFT on the teacher's samples", "sft", None, "teacher"),
+    "rsd": Method("SFT on RSD traces, the shortest", "sft", None, "traces"),
+    "rsd_rsr": Method("SFT on RSD traces, by RSR", "sft", None, "rsr"),
+    "rsd_aslec_drop": Method("SFT on RSD traces, by ASLEC-DROP", "sft", None, "aslec-drop"),
+    "rsd_aslec_casl": Method("SFT on RSD traces, by ASLEC-CASL", "sft", None, "aslec-casl"),
+    "rsd_mean_logp": Method("SFT on RSD traces, by mean log-probability", "sft", None, "mean-logp"),
     "dpo": Method("DPO on the same pairs", "dpo", "reference"),
     "cdpo": Method("cDPO", "cdpo", "contrastive"),
     "tgdpo": Method("TGDPO", "tgdpo", "guidance"),
@@ -49,6 +60,10 @@ METHODS = {
 
 #: What methods that learn from demonstrations learn from: right solutions that were sampled, or the problems' own.
 DEMONSTRATIONS = {"positive": " on the positive set", "solutions": ""}
+
+#: What there is to learn from: demonstrations as the section of that name says; a teacher's samples; RSD traces, the shortest right
+#: one of a problem; or those that a rule of `align select` ranks first.
+LEARNS = ("demonstrations", "teacher", "traces", *RULES)
 
 #: Settings of sampling that rollouts take over.
 DRAWN = ("temperature", "top_p", "top_k", "max_new_tokens", "stop")
@@ -76,6 +91,13 @@ class ChainConfig:
         score: `beta`, `max_length`, `max_tokens_per_batch`.
         entropy: `top`, the share of tokens that keep their weight.
         rollout: fields of `RolloutConfig`; temperature, top-p, top-k, length and stops are those of `sample` by default.
+        teacher: who gives traces: arguments of `align.load_model` for one that there is; or `args` and `lora` to train one by SFT,
+            from `model` (arguments of `align.load_model`, the student by default) on the solutions of `problems` (arguments of
+            `align.load_problems`, those of `train` by default).
+        trace: fields of `TraceConfig` and `RSDConfig`.
+        special_tokens: the teacher's special tokens that the student has under another name.
+        never: tokens that only one of the two has; traces are without them.
+        select: fields of `SelectConfig` but `rule`; one trace of each problem by default.
         methods: per method of the table, `args` and `lora`; `null` leaves a method out.
         evaluate: fields of `SampleConfig` for the test problems, `ks` for pass@k and maj@k, `export` for a judge's format.
         inspect: `limit` of pairs on the page; `first_error: true` where each problem has one solution text.
@@ -94,6 +116,11 @@ class ChainConfig:
     score: dict[str, Any] = field(default_factory=dict)
     entropy: dict[str, Any] = field(default_factory=dict)
     rollout: dict[str, Any] = field(default_factory=dict)
+    teacher: dict[str, Any] = field(default_factory=dict)
+    trace: dict[str, Any] = field(default_factory=dict)
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    never: list[str] = field(default_factory=list)
+    select: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     evaluate: dict[str, Any] = field(default_factory=dict)
     inspect: dict[str, Any] = field(default_factory=dict)
@@ -178,8 +205,13 @@ class Settings:
     def __init__(self, config: ChainConfig, out: Path) -> None:
         from .scoring.rollout import RolloutConfig
 
-        self.samples = config.demonstrations != "solutions" or any(METHODS[name].scores for name in config.methods)
+        used = [METHODS[name] for name in config.methods]
+        learns = {method.learns for method in used if method.learns} or {"demonstrations"}
+        self.samples = any(method.scores for method in used) or (
+            config.demonstrations != "solutions" and "demonstrations" in learns
+        )
         self._check_sources(config)
+        self._check_teaching(config, out, learns - {"demonstrations"})
         self.sampling = section(SampleConfig, config.sample, "sample")
         self.pairing = section(PairConfig, config.pair, "pair")
         # Rollouts ask what the policy does from a position on, so they are drawn as the solutions were.
@@ -235,6 +267,45 @@ class Settings:
         check_keys("inspect", config.inspect, {"limit", "first_error"})
         if config.inspect.get("first_error") and config.pairs:
             raise ConfigError("section 'inspect': first_error needs problems with solutions; 'pairs' has none")
+
+    def _check_teaching(self, config: ChainConfig, out: Path, learns: set[str]) -> None:
+        """The sections of a teacher; asked for where a method learns from one."""
+        from .models import load_model
+        from .trainers.training import check_trainable, check_training
+
+        for name in ("teacher", "trace", "special_tokens", "select"):
+            check_keys(name, values := getattr(config, name), set(values))
+            if values and not learns:
+                raise ConfigError(
+                    f"section {name!r}: no method learns from a teacher; add methods.rsd, or leave it out"
+                )
+        if not isinstance(config.never, list) or any(not isinstance(token, str) for token in config.never):
+            raise ConfigError(f"never: {config.never!r} must be a list of tokens")
+        rsd = {f.name for f in fields(RSDConfig)}
+        check_keys("trace", config.trace, rsd | {f.name for f in fields(TraceConfig)})
+        self.rsd = section(RSDConfig, {k: v for k, v in config.trace.items() if k in rsd}, "trace")
+        self.tracing = section(TraceConfig, {k: v for k, v in config.trace.items() if k not in rsd}, "trace")
+        check_keys("select", config.select, {f.name for f in fields(SelectConfig)} - {"rule"})
+        kept = {} if "keep_share" in config.select else {"keep_per_problem": 1}
+        self.selecting = {
+            rule: section(SelectConfig, {**kept, **config.select, "rule": rule}, "select") for rule in RULES
+        }
+        if not learns:
+            return
+        if not config.teacher:
+            raise ConfigError("section 'teacher' is missing: name one (path), or say how to train one (args)")
+        loaded = set(signature(load_model).parameters)
+        if "path" in config.teacher:
+            check_keys("teacher", config.teacher, loaded)
+            return
+        check_keys("teacher", config.teacher, TRAINING | {"model", "problems"}, needed="args")
+        base = config.teacher.get("model", config.model)
+        check_keys("teacher.model", base, loaded - {"adapter"}, needed="path")
+        problems = config.teacher.get("problems", config.train)
+        check_keys("teacher.problems", problems, set(signature(load_problems).parameters), needed="source")
+        training = {k: v for k, v in config.teacher.items() if k in TRAINING}
+        check_training("sft", out, **training)
+        check_trainable(base, training.get("lora"))
 
     def _check_trainings(self, config: ChainConfig, out: Path) -> None:
         from .trainers.training import check_trainable, check_training

@@ -25,11 +25,13 @@ class Policy:
         model: causal LM in eval mode.
         adapter: name of the adapter it runs under, `None` for the bare base; `...` leaves the model as it is.
         ids: for ids that this model knows by other numbers, the common id -> its own; see `align.vocabulary`.
+        never: common ids that have no probability, whatever the model makes of them: tokens that another policy lacks.
     """
 
     model: PreTrainedModel
     adapter: Any = ...
     ids: Mapping[int, int] = field(default_factory=dict)
+    never: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, given: Any) -> Policy:
@@ -71,6 +73,8 @@ class Policy:
             logits = logits[..., own]
             # Its own numbers of these tokens are no common ids.
             logits[..., [number for number in self.ids.values() if number not in self.ids]] = float("-inf")
+        if self.never:
+            logits[..., [number for number in self.never if number < logits.shape[-1]]] = float("-inf")
         return logits, output.past_key_values
 
     def own_ids(self) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
     problems ─ sample ─ verify ─ pair ─┐
                                        ├─ score ─ train ─ evaluate ─ report
-    preference data ─ tokenize ────────┘
+    preference data ─ tokenize ────────┘      │
+    problems ─ trace ─ select ────────────────┘
 
 Every stage writes below one folder and is skipped where its output is complete for the same settings and inputs.
 """
@@ -85,22 +86,22 @@ class Chain:
         scores = {name: self.evaluate(name) for name in (*base, *self.config.methods)}
         return self.report(scores, counts)
 
-    def _model(self, adapter: Path | None = None):
+    def load(self, adapter: Path | None = None):
         """Model and tokenizer; a folder without an adapter in it is a fully fine-tuned model of its own."""
         from .models import load_model
 
-        settings, tokenizer = dict(self.config.model), self._tokenizer()
+        settings, tokenizer = dict(self.config.model), self.tokenizer()
         if adapter is not None and not (adapter / "adapter_config.json").exists():
             return load_model(**{**settings, "path": str(adapter)}), tokenizer
         return load_model(**settings, adapter=str(adapter) if adapter else None), tokenizer
 
-    def _tokenizer(self):
+    def tokenizer(self):
         from .models import load_tokenizer
 
         trusted = self.config.model.get("trust_remote_code", False)
         return load_tokenizer(self.config.model["path"], trust_remote_code=trusted)
 
-    def _identity(self, **others: str | Path) -> dict[str, Any]:
+    def identity(self, **others: str | Path) -> dict[str, Any]:
         """What an output depends on besides its inputs: the model, and the folders of further ones."""
         from .models import model_identity
 
@@ -110,10 +111,10 @@ class Chain:
     def _sample(
         self, problems: list[Record], path: Path, config: SampleConfig, adapter: Path | None = None
     ) -> dict[str, int]:
-        identity = self._identity(**({} if adapter is None else {"adapter": adapter}))
+        identity = self.identity(**({} if adapter is None else {"adapter": adapter}))
         if is_complete(path, "sample", sample_settings(problems, config, identity)):
             return read_manifest(path)["counts"]  # before a model is loaded for nothing
-        model, tokenizer = self._model(adapter)
+        model, tokenizer = self.load(adapter)
         counts = sample_completions(model, tokenizer, problems, path, config, identity)
         del model
         gc.collect()
@@ -135,19 +136,23 @@ class Chain:
         paired = _on_main(lambda: pair(out / "verdicts.jsonl", *paths, self.settings.pairing))
         return {"sample": sampled, "verify": verified, "pair": paired}
 
-    def _demonstrations(self, counts: dict[str, Any]) -> Path:
-        """What SFT, BASH and RAC learn from."""
+    def _demonstrations(self, learns: str, counts: dict[str, Any]) -> Path:
+        """What a method learns from: a key of `LEARNS`."""
+        if learns != "demonstrations":
+            from .teaching import Teaching
+
+            return Teaching(self, counts).demonstrations(learns)
         if self.config.demonstrations == "positive":
             return self.out / "positive.jsonl"
         path = self.out / "demonstrations.jsonl"
         counts["demonstrations"] = tokenize_demonstrations(
-            load_problems(**self.config.train), self._tokenizer(), path, settings=self._identity(),
+            load_problems(**self.config.train), self.tokenizer(), path, settings=self.identity(),
             max_prompt_length=self.settings.sampling.max_prompt_length,
         )  # fmt: skip
         return path
 
     def _tokenize(self, source: Mapping[str, Any], path: Path) -> dict[str, int]:
-        return tokenize_pairs(**source, tokenizer=self._tokenizer(), out_path=path, settings=self._identity())
+        return tokenize_pairs(**source, tokenizer=self.tokenizer(), out_path=path, settings=self.identity())
 
     def score(self, scores: str, counts: dict[str, Any]) -> Path:
         """Adds the token-level columns of one source to the pairs, reference log-probabilities among them."""
@@ -160,7 +165,7 @@ class Chain:
 
     def _scoring(self) -> dict[str, Any]:
         return {k: v for k, v in self.config.score.items() if k != "beta"} | {
-            "pad_token_id": self._tokenizer().pad_token_id
+            "pad_token_id": self.tokenizer().pad_token_id
         }
 
     def _referenced(self) -> list[Record]:
@@ -170,10 +175,10 @@ class Chain:
         from .scoring.pairs import score_settings
         from .scoring.reference import score_reference
 
-        pairs, identity = read_records(self.out / "pairs.jsonl"), self._identity()
+        pairs, identity = read_records(self.out / "pairs.jsonl"), self.identity()
         if is_complete(path, "score reference", score_settings(pairs, self.config.score.get("max_length"), identity)):
             return read_manifest(path)["counts"]  # before a model is loaded for nothing, as below
-        return score_reference(self._model()[0], pairs, path, settings=identity, **self._scoring())
+        return score_reference(self.load()[0], pairs, path, settings=identity, **self._scoring())
 
     def _score_contrastive(self, path: Path, _counts: dict[str, Any]) -> dict[str, Any]:
         """Trains the two contrastive models, and scores the pairs under both."""
@@ -185,7 +190,7 @@ class Chain:
         adapters = {name: str(self.out / "contrastive" / name) for name in ("positive", "negative")}
         for name, folder in adapters.items():
             train_sft(self.config.model, read_records(self.out / f"{name}.jsonl"), folder, **self.config.contrastive)
-        pairs, identity, beta = self._referenced(), self._identity(**adapters), self.config.score.get("beta", 1.0)
+        pairs, identity, beta = self._referenced(), self.identity(**adapters), self.config.score.get("beta", 1.0)
         settings = score_settings(pairs, self.config.score.get("max_length"), {"beta": beta, **identity})
         if is_complete(path, "score contrastive", settings):
             return read_manifest(path)["counts"]
@@ -215,7 +220,7 @@ class Chain:
         from .scoring.guidance import load_guide, score_guidance
         from .scoring.pairs import score_settings
 
-        identity = self._identity(guide=guide)
+        identity = self.identity(guide=guide)
         if is_complete(path, "score guidance", score_settings(pairs, self.config.score.get("max_length"), identity)):
             return read_manifest(path)["counts"]
         loaded, reference, _ = load_guide(self.config.model, str(guide))
@@ -225,21 +230,21 @@ class Chain:
         from .scoring.entropy import score_entropy
         from .scoring.pairs import score_settings
 
-        pairs, identity, top = self._referenced(), self._identity(), self.config.entropy.get("top", 0.2)
+        pairs, identity, top = self._referenced(), self.identity(), self.config.entropy.get("top", 0.2)
         settings = score_settings(pairs, self.config.score.get("max_length"), {"top": top, **identity})
         if is_complete(path, "score entropy", settings):
             return read_manifest(path)["counts"]
-        return score_entropy(self._model()[0], pairs, path, top=top, settings=identity, **self._scoring())
+        return score_entropy(self.load()[0], pairs, path, top=top, settings=identity, **self._scoring())
 
     def _score_rollout(self, path: Path, _counts: dict[str, Any]) -> dict[str, Any]:
         from .scoring.pairs import score_settings
         from .scoring.rollout import rollout_settings, score_rollout
 
         config, longest = self.settings.rollout, self.config.score.get("max_length")
-        pairs, identity = self._referenced(), self._identity()
+        pairs, identity = self._referenced(), self.identity()
         if is_complete(path, "score rollout", score_settings(pairs, longest, rollout_settings(config, identity))):
             return read_manifest(path)["counts"]
-        model, tokenizer = self._model()
+        model, tokenizer = self.load()
         return score_rollout(model, tokenizer, pairs, path, config, max_length=longest, settings=identity)
 
     def train(self, name: str, counts: dict[str, Any]) -> dict[str, Any]:
@@ -250,7 +255,7 @@ class Chain:
             return counts[f"train {name}"]
         settings, method = self.config.methods[name], METHODS[name]
         if method.scores is None:
-            demonstrations = read_records(self._demonstrations(counts))
+            demonstrations = read_records(self._demonstrations(method.learns, counts))
             return train_sft(self.config.model, demonstrations, self.out / name, method=method.trainer, **settings)
         pairs = read_records(self.score(method.scores, counts))
         return train_preference(method.trainer, self.config.model, pairs, self.out / name, **settings)
@@ -304,7 +309,7 @@ class Chain:
     def _title(self, name: str) -> str:
         if name not in METHODS:
             return name
-        learned = DEMONSTRATIONS[self.config.demonstrations] if METHODS[name].scores is None else ""
+        learned = DEMONSTRATIONS[self.config.demonstrations] if METHODS[name].learns == "demonstrations" else ""
         return METHODS[name].title + learned
 
     def _table_row(self, name: str, score: dict[str, Any]) -> dict[str, Any]:
@@ -322,8 +327,9 @@ class Chain:
     def _write_page(self, table: list[dict]) -> dict[str, Any]:
         """`pairs.html` with all columns there are, and how often they point at the true first error."""
         from .report import inspect_pairs
+        from .tiny import mark_first_errors
 
-        tokenizer, used = self._tokenizer(), {METHODS[name].scores for name in self.config.methods} - {None}
+        tokenizer, used = self.tokenizer(), {METHODS[name].scores for name in self.config.methods} - {None}
         if not used:
             return {}
         names = [name for name in SCORED if name in used or name == "reference"]
@@ -344,29 +350,6 @@ class Chain:
             columns=there, limit=self.config.inspect.get("limit", 300),
         )  # fmt: skip
         return {"page": str(path), **found}
-
-
-def mark_first_errors(pairs: list[Record], tokenizer) -> dict[str, dict[str, float]]:
-    """Adds `first_error`, the index of the first rejected id that differs from the problem's one solution.
-
-    Returns:
-        `n`, and `share` of rejected completions where it is found by the lowest contrastive score, and by the critical
-        token of rollouts, as far as the pairs have these.
-    """
-    from .tiny import first_error
-    from .tokens import encode_completion
-
-    hits: dict[str, list[bool]] = {}
-    for row in pairs:
-        solution = encode_completion(
-            tokenizer, row["prompt"], row["solution"], row["prompt_ids"], f"pair {row['id']!r}: solution"
-        )
-        error = row["first_error"] = first_error(row["rejected_ids"], solution)
-        if scores := row.get("rejected_ce_scores"):
-            hits.setdefault("lowest score is the first error", []).append(scores.index(min(scores)) == error)
-        if "critical" in row:
-            hits.setdefault("critical token is the first error", []).append(row["critical"] == error)
-    return {name: {"share": sum(those) / len(those), "n": len(those)} for name, those in hits.items()}
 
 
 def _options(model: Mapping[str, Any]) -> dict[str, Any]:

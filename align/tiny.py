@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 NAMES = ("Tom", "Anna", "Ben", "Mia", "Leo", "Zoe", "Max", "Eva")
 THINGS = ("apples", "pears", "coins", "books", "shells", "cards", "pens", "stamps")
@@ -139,6 +139,27 @@ def draw_demonstration(rng: random.Random) -> tuple[str, str]:
             return prompt, _solve(start, events, wrong)[0]
 
 
+#: Other ways to write ` loses: 37-7=30;`, in which the base was never taught: result first, and without the event.
+STYLES = (" {verb}: {result}={left}", " {left}={result}")
+
+
+def restyle(solution: str, rng: random.Random, rate: float = 0.5) -> str:
+    """The same solution as a teacher with a hand of its own writes it.
+
+    Args:
+        solution: as `make_problems` writes them.
+        rate: chance of a step to be written in one of `STYLES`.
+    """
+    *steps, answer = solution.split(";")
+    written = []
+    for step in steps:
+        verb, _, calculation = step.strip().partition(": ")
+        left, _, result = calculation.partition("=")
+        other = rng.choice(STYLES).format(verb=verb, left=left, result=result)
+        written.append(other if rng.random() < rate else step)
+    return ";".join([*written, answer])
+
+
 def miscalculations(solution: str) -> int:
     """Number of steps of a solution whose calculation is wrong or not a calculation at all, whatever was decided."""
     wrong = 0
@@ -165,6 +186,28 @@ def first_error(completion_ids: Sequence[int], solution_ids: Sequence[int]) -> i
     if len(completion_ids) == len(solution_ids):
         return None
     return min(len(completion_ids), len(solution_ids)) - (len(completion_ids) < len(solution_ids))
+
+
+def mark_first_errors(pairs: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, float]]:
+    """Adds `first_error`, the index of the first rejected id that differs from the problem's one solution.
+
+    Returns:
+        `n`, and `share` of rejected completions where it is found by the lowest contrastive score, and by the critical
+        token of rollouts, as far as the pairs have these.
+    """
+    from .tokens import encode_completion
+
+    hits: dict[str, list[bool]] = {}
+    for row in pairs:
+        solution = encode_completion(
+            tokenizer, row["prompt"], row["solution"], row["prompt_ids"], f"pair {row['id']!r}: solution"
+        )
+        error = row["first_error"] = first_error(row["rejected_ids"], solution)
+        if scores := row.get("rejected_ce_scores"):
+            hits.setdefault("lowest score is the first error", []).append(scores.index(min(scores)) == error)
+        if "critical" in row:
+            hits.setdefault("critical token is the first error", []).append(row["critical"] == error)
+    return {name: {"share": sum(those) / len(those), "n": len(those)} for name, those in hits.items()}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -16,7 +16,7 @@ from .sample import end_token_ids
 from .stages import records_hash, run_in_parts, write_chosen
 from .tokens import decode_completion, encode_prompt
 from .verify import verify_completion
-from .vocabulary import shared_ids
+from .vocabulary import never_ids, shared_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,9 +118,7 @@ def trace_problems(
         for row in rows:
             row.pop("seconds")  # the rows of two runs are the same
 
-    depends = {**asdict(rsd), **asdict(config), **(settings or {}), "problems": records_hash(problems)}
-    kept_only = ("max_student_share", "prefix_tokens")  # decide what is kept, not what is drawn; nor does lookahead
-    drawn = {name: value for name, value in depends.items() if name not in kept_only}
+    depends, drawn = trace_settings(problems, rsd, config, settings)
     counts = run_in_parts(
         out_path, batches, compute, stage="trace", settings=drawn, order=lambda row: row.pop("_row"), finish=finish,
         count=lambda rows: _count(rows) | {"prompt_too_long_for_us": len(problems) - len(places)}, note=note,
@@ -130,14 +128,25 @@ def trace_problems(
     return counts | more
 
 
+def trace_settings(
+    problems: Sequence[Record], rsd: RSDConfig, config: TraceConfig, settings: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the kept traces depend on, and what all of them do: that is without what decides only which are kept."""
+    depends = {**asdict(rsd), **asdict(config), **(settings or {}), "problems": records_hash(problems)}
+    return depends, {k: v for k, v in depends.items() if k not in ("max_student_share", "prefix_tokens")}
+
+
 def load_policies(
-    teacher: Mapping[str, Any], student: Mapping[str, Any], special_tokens: Mapping[str, str] | None = None
+    teacher: Mapping[str, Any],
+    student: Mapping[str, Any],
+    special_tokens: Mapping[str, str] | None = None,
+    never: Sequence[str] = (),
 ) -> tuple[Policy, Policy, PreTrainedTokenizerBase]:
     """Both models, checked to have the same token ids before either is loaded, and the student's tokenizer.
 
     Args:
         teacher, student: arguments of `align.load_model`, `path` among them. Two adapters on one base share it in memory.
-        special_tokens: see `align.vocabulary.shared_ids`.
+        special_tokens, never: see `align.vocabulary.shared_ids`.
 
     Raises:
         ModelMismatchError: the tokenizers differ.
@@ -148,14 +157,20 @@ def load_policies(
     tokenizers = [
         load_tokenizer(m["path"], trust_remote_code=m.get("trust_remote_code", False)) for m in (teacher, student)
     ]
-    renamed = shared_ids(*tokenizers, special_tokens)
+    renamed = shared_ids(*tokenizers, special_tokens, never)
+    # A token that only one of them has stands at an id of its own, except where the other's is mapped.
+    barred = tuple(sorted({i for tokenizer in tokenizers for i in never_ids(tokenizer, never)}))
     base, same = ({k: v for k, v in m.items() if k != "adapter"} for m in (teacher, student))
     if base == same:
         adapters = {r: m["adapter"] for r, m in (("teacher", teacher), ("student", student)) if m.get("adapter")}
         model = load_adapters(load_model(**base), adapters) if adapters else load_model(**base)
         names = [role if role in adapters else None for role in ("teacher", "student")]
-        return Policy(model, names[0], renamed), Policy(model, names[1]), tokenizers[1]
-    return Policy(load_model(**teacher), ids=renamed), Policy(load_model(**student)), tokenizers[1]
+        return Policy(model, names[0], renamed, barred), Policy(model, names[1], never=barred), tokenizers[1]
+    return (
+        Policy(load_model(**teacher), ids=renamed, never=barred),
+        Policy(load_model(**student), never=barred),
+        tokenizers[1],
+    )
 
 
 def _columns(tokenizer: PreTrainedTokenizerBase, problem: Record, trace: Trace) -> Record:
@@ -181,39 +196,51 @@ def _count(rows: Sequence[Record]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def choose(rows: Sequence[Record], config: TraceConfig) -> tuple[list[Record], dict[str, int]]:
-    """Of every problem the shortest right trace that has ended and is not mostly the student's; of the others, a beginning.
+def good_traces(rows: Sequence[Record], config: TraceConfig) -> tuple[list[Record], dict[str, int]]:
+    """Traces that are right, have ended, and are not mostly the student's; samples count as wholly the teacher's.
 
     Returns:
-        Demonstration records, `prefix_only` true for a beginning, and counts: `kept`, `prefix_only`, `left_out`, and of traces
-        `wrong`, `unended`, `mostly_student`.
+        The rows, and of the others how many are `wrong`, `unended`, `mostly_student`; the first reason counts.
     """
+    good, counts = [], dict.fromkeys(("wrong", "unended", "mostly_student"), 0)
+    for row in rows:
+        if not row["correct"]:
+            counts["wrong"] += 1
+        elif row["finish_reason"] != "stop":
+            counts["unended"] += 1
+        elif row.get("student_share", 0.0) > config.max_student_share:
+            counts["mostly_student"] += 1
+        else:
+            good.append(row)
+    return good, counts
+
+
+def choose(rows: Sequence[Record], config: TraceConfig) -> tuple[list[Record], dict[str, int]]:
+    """Of every problem the shortest of its good traces; of those without one, a beginning.
+
+    Returns:
+        Demonstration records, `prefix_only` true for a beginning, and counts: `kept`, `prefix_only`, `left_out`, and those of
+        `good_traces`.
+    """
+    good, refused = good_traces(rows, config)
+    counts = dict.fromkeys(("kept", "prefix_only", "left_out"), 0) | refused
+    of_problem: dict[str, list[Record]] = defaultdict(list)
+    for row in good:
+        of_problem[row["id"]].append(row)
     problems: dict[str, list[Record]] = defaultdict(list)
     for row in rows:
         problems[row["id"]].append(row)
-    chosen, counts = [], dict.fromkeys(("kept", "prefix_only", "left_out", "wrong", "unended", "mostly_student"), 0)
-    for traces in problems.values():
-        good = []
-        for row in traces:
-            if not row["correct"]:
-                counts["wrong"] += 1
-            elif row["finish_reason"] != "stop":
-                counts["unended"] += 1
-            elif row["student_share"] > config.max_student_share:
-                counts["mostly_student"] += 1
-            else:
-                good.append(row)
-        if good:
-            chosen.append(_demonstration(min(good, key=lambda row: len(row["completion_ids"])), None))
-        elif (
-            config.prefix_tokens
-            and (longest := max(traces, key=lambda row: len(row["completion_ids"])))["completion_ids"]
-        ):
+    chosen = []
+    for name, traces in problems.items():
+        longest = max(traces, key=lambda row: len(row["completion_ids"]))
+        if those := of_problem.get(name):
+            chosen.append(_demonstration(min(those, key=lambda row: len(row["completion_ids"])), None))
+            counts["kept"] += 1
+        elif config.prefix_tokens and longest["completion_ids"]:
             chosen.append(_demonstration(longest, config.prefix_tokens))
+            counts["prefix_only"] += 1
         else:
             counts["left_out"] += 1
-            continue
-        counts["prefix_only" if chosen[-1]["prefix_only"] else "kept"] += 1
     return chosen, counts
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from .errors import ModelMismatchError
@@ -24,13 +24,17 @@ def token_differences(
 
 
 def shared_ids(
-    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, mapping: Mapping[str, str] | None = None
+    teacher: PreTrainedTokenizerBase,
+    student: PreTrainedTokenizerBase,
+    mapping: Mapping[str, str] | None = None,
+    never: Sequence[str] = (),
 ) -> dict[int, int]:
     """What the teacher calls the student's ids, where the two differ.
 
     Args:
         teacher, student: their tokenizers.
         mapping: token of the teacher -> token of the student, for special tokens under other names or ids.
+        never: tokens that one of the two does not have, and that shall not be drawn (`Policy.never`).
 
     Returns:
         Student's id -> teacher's id, of those that differ: empty where the vocabularies are one.
@@ -54,17 +58,22 @@ def shared_ids(
                 )
             ids.append(index)
         found[ids[1]] = ids[0]
+    for token in never:
+        if (there := [t.get_vocab().get(token) for t in (teacher, student)]).count(None) != 1:
+            whose = "none of the two has it" if there == [None, None] else "both have it: it can be drawn"
+            raise ModelMismatchError(f"never draw {token!r}: {whose}")
     # A token may stand alone at its id where it is mapped to another one.
     different = [
         (i, of_teacher, of_student)
         for i, of_teacher, of_student in token_differences(teacher, student)
-        if not (of_student is None or i in found) or not (of_teacher is None or i in found.values())
+        if not (of_student in (None, *never) or i in found) or not (of_teacher in (None, *never) or i in found.values())
     ]
     if different:
         shown = "; ".join(f"id {i} is {a!r} for the teacher, {b!r} for the student" for i, a, b in different[:SHOWN])
         raise ModelMismatchError(
             f"teacher and student have other tokenizers: {shown} ({len(different)} ids differ). Take two models of one "
-            "family; where special tokens alone differ, map the teacher's to the student's"
+            "family; where special tokens alone differ, map the teacher's to the student's, or say that those which one "
+            "of them lacks are never to be drawn"
         )
     end = found.get(student.eos_token_id, student.eos_token_id)
     if end != teacher.eos_token_id:
@@ -73,6 +82,12 @@ def shared_ids(
             f"{student.eos_token!r} (id {student.eos_token_id}); map the one to the other"
         )
     return {ours: theirs for ours, theirs in found.items() if ours != theirs}
+
+
+def never_ids(tokenizer: PreTrainedTokenizerBase, never: Sequence[str]) -> tuple[int, ...]:
+    """Ids of those of the tokens that a tokenizer has."""
+    known = tokenizer.get_vocab()
+    return tuple(known[token] for token in never if token in known)
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:

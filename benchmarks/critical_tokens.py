@@ -16,11 +16,11 @@ from typing import Annotated
 import typer
 
 from align.models import load_model, load_tokenizer
-from align.pipeline import mark_first_errors
 from align.records import read_records
 from align.report import markdown_table
 from align.sample import SampleConfig, generate
 from align.scoring.rollout import RolloutConfig, roll_out
+from align.tiny import mark_first_errors
 from align.verify import verify_completion
 
 MODEL = "data/tiny-arithmetic/model"

@@ -58,7 +58,7 @@ def test_every_configuration_is_understood(path, tmp_path):
         _arguments(cls, {**settings["args"], **cpu}, tmp_path)
         LoraConfig(**settings.get("lora") or {})
     ours = path.parent.name if path.parent.name in METHODS else "cdpo"
-    baseline = "sft" if METHODS[ours].scores is None else "dpo"
+    baseline = {"demonstrations": "sft", "traces": "teacher_samples"}.get(METHODS[ours].learns, "dpo")
     assert set(config.methods) >= {baseline, ours}
     for own in ("alpha", "epsilon", "epsilon_schedule", "cue", "max_new_tokens"):
         config.methods[ours]["args"].pop(own, None)

@@ -1,0 +1,139 @@
+"""Demonstrations from a teacher, as a recipe's chain makes them: its own samples, traces of reverse speculative decoding, and the
+traces that a rule chooses."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .demonstrations import tokenize_demonstrations
+from .errors import ConfigError
+from .problems import load_problems
+from .records import read_records
+from .sample import SampleConfig, sample_completions, sample_settings
+from .select import select_settings, select_traces
+from .stages import is_complete, read_manifest, write_chosen
+from .trace import choose, good_traces, load_policies, trace_problems, trace_settings
+from .verify import verify
+from .vocabulary import shared_ids
+
+if TYPE_CHECKING:
+    from .pipeline import Chain
+
+
+class Teaching:
+    """What a chain's methods learn from a teacher.
+
+    Args:
+        chain: whose folder and settings are used.
+        counts: what is counted on the way is added to them.
+    """
+
+    def __init__(self, chain: Chain, counts: dict[str, Any]) -> None:
+        self.chain, self.counts, self.out = chain, counts, chain.out
+        self.config, self.settings = chain.config, chain.settings
+
+    def demonstrations(self, learns: str) -> Path:
+        """`teacher`: the teacher's samples; `traces`: RSD traces; otherwise those that a rule of `align select` keeps."""
+        if learns == "teacher":
+            return self.samples()
+        return self.traces() if learns == "traces" else self.selected(learns)
+
+    def teacher(self) -> dict[str, Any]:
+        """Arguments of `align.load_model`: of the teacher that is given, or of one that is trained now."""
+        from .models import load_tokenizer, model_identity
+        from .trainers.training import train_sft
+
+        given = self.config.teacher
+        if "path" in given:
+            return given
+        base, folder, path = given.get("model", self.config.model), self.out / "teacher", self.out / "teacher.jsonl"
+        tokenizer = load_tokenizer(base["path"], trust_remote_code=base.get("trust_remote_code", False))
+        problems = load_problems(**given.get("problems", self.config.train))
+        tokenize_demonstrations(problems, tokenizer, path, settings={"teacher": model_identity(base["path"])})
+        training = {name: given[name] for name in ("args", "lora") if name in given}
+        if trained := train_sft(base, read_records(path), folder, **training):
+            self.counts["train teacher"] = trained
+        return {**base, "adapter": str(folder)} if training.get("lora") is not None else {**base, "path": str(folder)}
+
+    def _identity(self, teacher: Mapping[str, Any]) -> dict[str, Any]:
+        adapter = {"teacher_adapter": teacher["adapter"]} if teacher.get("adapter") else {}
+        options = {k: v for k, v in teacher.items() if k not in ("path", "adapter")}
+        names = {
+            "special_tokens": dict(self.config.special_tokens),
+            "never": list(self.config.never),
+            "teacher_options": options,
+        }
+        return self.chain.identity(teacher=teacher["path"], **adapter) | names
+
+    def _policies(self, teacher: Mapping[str, Any]):
+        return load_policies(teacher, self.config.model, self.config.special_tokens, self.config.never)
+
+    def samples(self) -> Path:
+        """As many samples of the teacher as there are traces, drawn and chosen alike."""
+        from .models import load_model, load_tokenizer
+
+        path, kept = self.out / "teacher-samples.jsonl", self.out / "teacher-kept.jsonl"
+        teacher, rsd, tracing = self.teacher(), self.settings.rsd, self.settings.tracing
+        config = SampleConfig(
+            n=tracing.n, temperature=rsd.teacher_temperature, top_p=rsd.top_p, top_k=rsd.top_k, seed=rsd.seed,
+            max_new_tokens=rsd.max_new_tokens, max_prompt_length=tracing.max_prompt_length, batch_size=tracing.batch_size,
+        )  # fmt: skip
+        problems, identity = load_problems(**self.config.train), self._identity(teacher)
+        if is_complete(path, "sample", sample_settings(problems, config, identity)):
+            self.counts["teacher samples"] = read_manifest(path)["counts"]
+        else:
+            tokenizers = [
+                load_tokenizer(m["path"], trust_remote_code=m.get("trust_remote_code", False))
+                for m in (teacher, self.config.model)
+            ]
+            if shared_ids(*tokenizers, self.config.special_tokens, self.config.never):
+                raise ConfigError(
+                    "methods.teacher_samples: the teacher's samples cannot be learned from as they are, since it has special "
+                    "tokens under other ids (special_tokens); leave the method out"
+                )
+            tokenizer = tokenizers[0]
+            model = load_model(**teacher)
+            self.counts["teacher samples"] = sample_completions(model, tokenizer, problems, path, config, identity)
+            del model
+            gc.collect()
+        verdicts = self.out / "teacher-verdicts.jsonl"
+        verify(path, verdicts)
+        chosen, counts = choose(read_records(verdicts), tracing)
+        write_chosen(kept, chosen, "teacher kept", identity, counts)
+        self.counts["teacher samples"] |= counts
+        return kept
+
+    def traces(self) -> Path:
+        """RSD traces, the shortest good one of each problem."""
+        path, kept = self.out / "traces.jsonl", self.out / "traces-kept.jsonl"
+        if "trace" in self.counts:
+            return kept
+        teacher, rsd, tracing = self.teacher(), self.settings.rsd, self.settings.tracing
+        problems, identity = load_problems(**self.config.train), self._identity(teacher)
+        depends, drawn = trace_settings(problems, rsd, tracing, identity)
+        if is_complete(path, "trace", drawn) and is_complete(kept, "trace kept", depends):
+            self.counts["trace"] = read_manifest(path)["counts"] | read_manifest(kept)["counts"]
+            return kept
+        policies = self._policies(teacher)
+        self.counts["trace"] = trace_problems(*policies, problems, path, kept, rsd, tracing, identity)
+        del policies
+        gc.collect()
+        return kept
+
+    def selected(self, rule: str) -> Path:
+        """Of the good traces, those that a rule ranks first."""
+        self.traces()
+        path, config = self.out / f"selected-{rule}.jsonl", self.settings.selecting[rule]
+        rows, _ = good_traces(read_records(self.out / "traces.jsonl"), self.settings.tracing)
+        identity = self.chain.identity()
+        if is_complete(path, "select", select_settings(rows, config, identity)):
+            self.counts[f"select {rule}"] = read_manifest(path)["counts"]
+            return path
+        model, tokenizer = self.chain.load()
+        self.counts[f"select {rule}"] = select_traces(
+            model, tokenizer, rows, path, config, scores_path=self.out / "traces-scores.jsonl", settings=identity
+        )
+        return path

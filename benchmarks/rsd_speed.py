@@ -1,0 +1,194 @@
+"""Tokens per second of reverse speculative decoding by lookahead, batch, and how much larger the teacher is.
+
+    python benchmarks/rsd_speed.py --json benchmarks/results/rsd_speed_cpu.json --plot benchmarks/results/rsd_speed_cpu.svg
+
+Random weights of Llama's shape. The teacher is the student with layers behind it whose outputs are scaled down, so that drafts are
+accepted about as often as among models of one family; the head is scaled up until a token has the certainty of text. Lookaheads
+take turns; a figure is the median of the rounds. `bound`: what the acceptance rate α and the cost c of a student's pass over a
+teacher's allow, (1 − α^(γ+1)) / (1 − α) · (1 + c) / (1 + (γ + 1) c), if a pass of the teacher took as long for γ + 1 tokens as for one.
+"""
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from align.report import markdown_table
+from align.rsd import RSDConfig, reverse_speculative_decode
+
+#: Shapes: width, of the feed-forward part, heads, vocabulary, layers of the student.
+SHAPES = {"cpu": (1024, 2816, 16, 8192, 2), "cuda": (4096, 11008, 32, 151_936, 3), "tiny": (64, 128, 4, 512, 1)}
+LOOKAHEADS = [0, 1, 2, 4, 6, 8]
+NOWHERE = -1  # no token ends a trace: all are of one length
+
+
+def make_models(shape: str, layers: int, scale: float, sharpness: float, device: str):
+    """A teacher of so many layers, and a student that is its first ones."""
+    width, inner, heads, vocabulary, own = SHAPES[shape]
+    torch.manual_seed(0)
+    config = {
+        "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": inner, "num_attention_heads": heads,
+        "num_key_value_heads": heads, "max_position_embeddings": 4096, "tie_word_embeddings": False, "bos_token_id": None,
+    }  # fmt: skip
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    with torch.device(device):
+        teacher = LlamaForCausalLM(LlamaConfig(**config, num_hidden_layers=layers)).to(dtype).eval()
+        student = LlamaForCausalLM(LlamaConfig(**config, num_hidden_layers=1)).to(dtype).eval()
+    student.config.num_hidden_layers = own
+    student.model.layers = teacher.model.layers[:own]
+    student.model.embed_tokens, student.model.norm, student.lm_head = (
+        teacher.model.embed_tokens,
+        teacher.model.norm,
+        teacher.lm_head,
+    )
+    with torch.no_grad():
+        teacher.lm_head.weight.normal_(0, sharpness / width**0.5)
+        teacher.model.embed_tokens.weight.normal_(0, 1.0)
+        for layer in teacher.model.layers[own:]:
+            layer.self_attn.o_proj.weight.mul_(scale / (layers - own) ** 0.5)
+            layer.mlp.down_proj.weight.mul_(scale / (layers - own) ** 0.5)
+    return teacher, student
+
+
+def pass_seconds(model, batch: int, device: str, repeats: int = 7) -> float:
+    """Median seconds of decoding one token behind 64."""
+    with torch.inference_mode():
+        cache = model(torch.ones(batch, 64, dtype=torch.long, device=device), use_cache=True).past_key_values
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            model(torch.ones(batch, 1, dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
+            if device != "cpu":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return median(times[1:])
+
+
+def bound(alpha: float, ahead: int, cost: float) -> float:
+    """Most that a lookahead can gain over none."""
+    tokens = (1 - alpha ** (ahead + 1)) / (1 - alpha) if alpha < 1 else ahead + 1.0
+    return tokens * (1 + cost) / (1 + (ahead + 1) * cost)
+
+
+def measure(
+    shape: str, layers: int, batches: list[int], tokens: int, rounds: int, scale: float, sharpness: float, device: str
+):
+    teacher, student = make_models(shape, layers, scale, sharpness, device)
+    results = []
+    for batch in batches:
+        generator = torch.Generator().manual_seed(1)
+        prompts = torch.randint(0, SHAPES[shape][3], (batch, 64), generator=generator).tolist()
+        cost = pass_seconds(student, batch, device) / pass_seconds(teacher, batch, device)
+        found: dict[int, dict[str, list]] = {ahead: {"speed": [], "gain": []} for ahead in LOOKAHEADS}
+        for number in range(rounds):
+            for ahead in LOOKAHEADS:
+                config = RSDConfig(lookahead=ahead, draws=5, max_new_tokens=tokens, seed=number)
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                traces = reverse_speculative_decode(teacher, student, prompts, config, NOWHERE)
+                seconds = time.perf_counter() - start
+                found[ahead]["speed"].append(batch * tokens / seconds)
+                found[ahead]["gain"].append(sum(len(t.completion_ids) for t in traces) / sum(t.rounds for t in traces))
+        alpha = sum(found[1]["gain"]) / rounds - 1
+        plain = median(found[0]["speed"])
+        for ahead, those in found.items():
+            speed = median(those["speed"])
+            results.append(
+                {"teacher layers": layers, "batch": batch, "teacher / student": 1 / cost, "acceptance": alpha, "lookahead": ahead,
+                 "tokens per second": speed, "over lookahead 0": speed / plain,
+                 "tokens per teacher pass": sum(those["gain"]) / rounds, "bound": bound(alpha, ahead, cost),
+                 "all": those["speed"]}
+            )  # fmt: skip
+            print({k: v for k, v in results[-1].items() if k != "all"}, flush=True)
+    return results
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "align"
+    import matplotlib.pyplot as plt
+
+    batches = sorted({row["batch"] for row in results})
+    figure, axes = plt.subplots(1, len(batches), figsize=(8.4, 3.2), sharey=True, squeeze=False)
+    for axis, batch in zip(axes[0], batches, strict=True):
+        groups: dict[int, list[dict]] = {}
+        for row in results:
+            if row["batch"] == batch:
+                groups.setdefault(row["teacher layers"], []).append(row)
+        best = sorted(
+            (max(rows, key=lambda r: r["over lookahead 0"]) for rows in groups.values()),
+            key=lambda r: r["teacher / student"],
+        )
+        most = sorted(
+            (max(rows, key=lambda r: r["bound"]) for rows in groups.values()), key=lambda r: r["teacher / student"]
+        )
+        axis.plot(
+            [r["teacher / student"] for r in best],
+            [r["over lookahead 0"] for r in best],
+            marker="o",
+            label="best lookahead",
+        )
+        axis.plot(
+            [r["teacher / student"] for r in most],
+            [r["bound"] for r in most],
+            marker=".",
+            linestyle="--",
+            label="bound",
+        )
+        axis.set(title=f"batch {batch}", xlabel="cost of a teacher's pass over a student's")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("tokens per second over lookahead 0")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main(
+    shape: Annotated[str, typer.Option(help=f"Of {', '.join(SHAPES)}.")] = "cpu",
+    layers: Annotated[list[int] | None, typer.Option(help="Of the teacher; may be repeated.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Traces at a time; may be repeated.")] = None,
+    tokens: int = 48,
+    rounds: int = 3,
+    scale: Annotated[float, typer.Option(help="Of what the layers that the student lacks add, all together.")] = 0.3,
+    sharpness: Annotated[float, typer.Option(help="Standard deviation of the logits.")] = 6.0,
+    json_path: Annotated[Path | None, typer.Option("--json")] = None,
+    plot_path: Annotated[Path | None, typer.Option("--plot")] = None,
+) -> None:
+    """Measures all of them and prints the table."""
+    device = "cuda" if shape == "cuda" else "cpu"
+    results = []
+    for count in layers or [6, 12, 24]:
+        results += measure(shape, count, batch or [1, 8], tokens, rounds, scale, sharpness, device)
+    shown = [{k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items() if k != "all"} for row in results]
+    print(markdown_table(shown))
+    if json_path:
+        hardware = (
+            torch.cuda.get_device_name() if device != "cpu" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
+        )
+        settings = {
+            "hardware": hardware,
+            "shape": SHAPES[shape],
+            "new tokens": tokens,
+            "rounds": rounds,
+            "scale": scale,
+            "sharpness": sharpness,
+        }
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(settings | {"results": results}, indent=2) + "\n")
+    if plot_path:
+        plot(results, plot_path)
+
+
+if __name__ == "__main__":
+    typer.run(main)
