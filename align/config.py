@@ -274,7 +274,8 @@ class Settings:
         from .trainers.training import check_trainable, check_training
 
         for name in ("teacher", "trace", "special_tokens", "select"):
-            check_keys(name, values := getattr(config, name), set(values))
+            values = getattr(config, name)
+            check_keys(name, values, set(values) if isinstance(values, dict) else set())
             if values and not learns:
                 raise ConfigError(
                     f"section {name!r}: no method learns from a teacher; add methods.rsd, or leave it out"

@@ -101,9 +101,11 @@ class Teaching:
             gc.collect()
         verdicts = self.out / "teacher-verdicts.jsonl"
         verify(path, verdicts)
-        chosen, counts = choose(read_records(verdicts), tracing)
-        write_chosen(kept, chosen, "teacher kept", identity, counts)
-        self.counts["teacher samples"] |= counts
+        depends = {**sample_settings(problems, config, identity), "prefix_tokens": tracing.prefix_tokens}
+        if not is_complete(kept, "teacher kept", depends):
+            chosen, counts = choose(read_records(verdicts), tracing)
+            write_chosen(kept, chosen, "teacher kept", depends, counts)
+        self.counts["teacher samples"] |= read_manifest(kept)["counts"]
         return kept
 
     def traces(self) -> Path:

@@ -51,7 +51,7 @@ def recipe(out: Path, values: dict[str, Any]) -> dict:
 def run(
     out: Path, seed: int, rates: dict[str, float], teacher: str | None, threshold: float = 0.01, **more: Any
 ) -> dict[str, Any]:
-    values: dict[str, Any] = {"trace.seed": seed, "evaluate.seed": seed, "trace.threshold": threshold, **more}
+    values: dict[str, Any] = {"trace.seed": seed, "evaluate.seed": seed, "trace.threshold": threshold, "train.limit": 500, **more}
     if teacher:
         values |= {"teacher": {"path": teacher, "dtype": "float32"}}
     for method in ALL:
@@ -68,13 +68,13 @@ def accuracy(summary: dict, method: str) -> float:
 
 def surprisal(out: Path) -> dict[str, list[float]]:
     """Natural logarithms of the student's probability of every token of what is trained on."""
-    from align.logps import completion_logps
+    from align.logps import token_logps
     from align.models import load_model
 
     student, found = load_model("data/tiny-arithmetic/model", dtype="float32"), {}
     for name, file in (("the teacher's samples", "teacher-kept.jsonl"), ("RSD traces", "traces-kept.jsonl")):
         rows = [(row["prompt_ids"], row["completion_ids"]) for row in read_records(out / file)]
-        found[name] = [value for row in completion_logps(student, rows) for value in row]
+        found[name] = [value for row in token_logps(student, rows, pad_token_id=0) for value in row]
     return found
 
 
@@ -86,10 +86,10 @@ def plot(values: dict[str, list[float]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 3.2))
-    edges = [k / 2 for k in range(-40, 1)]
+    edges = [k / 4 for k in range(-40, 1)]
     for name, logps in values.items():
-        axis.hist([max(edges[0], logp / log(10)) for logp in logps], [e / 2 for e in edges], histtype="step", label=name,
-                  weights=[100 / len(logps)] * len(logps))  # fmt: skip
+        shown = [max(edges[0], logp / log(10)) for logp in logps]
+        axis.hist(shown, edges, histtype="step", label=name, weights=[100 / len(logps)] * len(logps))
     axis.axvline(-2, color="grey", linestyle=":", linewidth=1)
     axis.set(yscale="log", xlabel="log10 of the token's probability under the student", ylabel="% of tokens")
     axis.legend(frameon=False, fontsize=8, loc="upper left")
