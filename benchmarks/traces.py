@@ -51,7 +51,13 @@ def recipe(out: Path, values: dict[str, Any]) -> dict:
 def run(
     out: Path, seed: int, rates: dict[str, float], teacher: str | None, threshold: float = 0.01, **more: Any
 ) -> dict[str, Any]:
-    values: dict[str, Any] = {"trace.seed": seed, "evaluate.seed": seed, "trace.threshold": threshold, "train.limit": 500, **more}
+    values: dict[str, Any] = {
+        "trace.seed": seed,
+        "evaluate.seed": seed,
+        "trace.threshold": threshold,
+        "train.limit": 500,
+        **more,
+    }
     if teacher:
         values |= {"teacher": {"path": teacher, "dtype": "float32"}}
     for method in ALL:

@@ -14,7 +14,15 @@ from transformers import LlamaForCausalLM, get_cosine_schedule_with_warmup
 
 from align.records import write_records
 from align.sample import SampleConfig, generate
-from align.tiny import build_config, build_tokenizer, draw_demonstration, first_error, make_problems, miscalculations, restyle
+from align.tiny import (
+    build_config,
+    build_tokenizer,
+    draw_demonstration,
+    first_error,
+    make_problems,
+    miscalculations,
+    restyle,
+)
 from align.tokens import add_eos, pad_rows
 
 
@@ -66,7 +74,9 @@ def main(
     tokenizer = build_tokenizer()
     write_records(out / "train.jsonl", make_problems(train_problems, seed, "train"))
     rng = random.Random(seed)
-    teacher = [{**row, "solution": restyle(row["solution"], rng)} for row in make_problems(train_problems, seed, "train")]
+    teacher = [
+        {**row, "solution": restyle(row["solution"], rng)} for row in make_problems(train_problems, seed, "train")
+    ]
     write_records(out / "teacher.jsonl", teacher)
     test = make_problems(test_problems, seed, "test")
     write_records(out / "test.jsonl", test)

@@ -51,6 +51,8 @@ def test_the_chain_by_hand(chain):
     assert '"input_ids"' in (folder / "mixed.jsonl").read_text()
     assert '"generated_ids"' in (folder / "corrections.jsonl").read_text()
     assert '"rejected_entropies"' in (folder / "entropy.jsonl").read_text()
+    assert '"rank_surprisal_ratio"' in (folder / "selected.jsonl").read_text()
+    assert "160 of 160 traces" in (folder / "traces.html").read_text()
     assert (folder / "pairs.html").exists() and (folder / "referenced.jsonl").exists()
 
 
@@ -58,7 +60,7 @@ def test_the_python_examples(chain, monkeypatch):
     """On the files that the chain by hand leaves."""
     from align.records import read_records
 
-    example, own, bash = (
+    example, own, bash, trace = (
         block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "data/tiny-arithmetic/model") for block in blocks("python")
     )
     monkeypatch.chdir(chain[0])
@@ -88,6 +90,13 @@ def test_the_python_examples(chain, monkeypatch):
     # Of two steps, a linear schedule has no own tokens in the first and ε in the second.
     first, second = (entry["bash/own_tokens"] for entry in names["trainer"].state.log_history[:2])
     assert first == 0 and 0.2 < second < 0.3
+
+    names = {}
+    exec(trace, names)
+    drawn = names["trace"]
+    assert drawn.completion_ids and drawn.finish_reason in ("stop", "length")
+    accepted = [p for p, source in zip(drawn.student_probs, drawn.sources, strict=True) if source == "teacher"]
+    assert accepted and min(accepted) >= 0.01
 
 
 def test_named_files_exist():
