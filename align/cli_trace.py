@@ -66,7 +66,8 @@ def trace(
     from .errors import ConfigError
     from .problems import load_problems
     from .rsd import RSDConfig
-    from .trace import TraceConfig, load_policies, trace_problems
+    from .stages import is_complete, read_manifest
+    from .trace import TraceConfig, load_policies, trace_problems, trace_settings
 
     rsd = RSDConfig(
         threshold, draws, lookahead, max_new_tokens, teacher_temperature, student_temperature, top_p, top_k, seed
@@ -85,6 +86,10 @@ def trace(
     depends = identity(
         student, dtype, quantization, student_adapter=student_adapter, teacher=teacher, teacher_adapter=teacher_adapter
     ) | {"special_tokens": mapping, "never": list(never or ())}
+    whole, drawn = trace_settings(rows, rsd, config, depends)
+    if is_complete(out, "trace", drawn) and is_complete(kept, "trace kept", whole):
+        print_counts(read_manifest(out)["counts"] | read_manifest(kept)["counts"])
+        return
     options = {"dtype": dtype, "quantization": quantization, "trust_remote_code": trust_remote_code}
     *policies, tokenizer = load_policies(
         {"path": teacher, "adapter": teacher_adapter, **options},
@@ -105,6 +110,8 @@ def select(
     keep_per_problem: Annotated[int | None, typer.Option(help="Traces to keep of each problem.")] = None,
     step_separator: Annotated[str, typer.Option(help="Text that ends a step, \\n a line break.")] = "\\n",
     only_correct: Annotated[bool, typer.Option(help="Leave wrong traces out first.")] = True,
+    only_ended: Annotated[bool, typer.Option(help="Leave traces out that were cut.")] = True,
+    max_student_share: Annotated[float, typer.Option(help="Leave traces out of which more is the student's.")] = 0.5,
     max_tokens_per_batch: MaxTokens = 8192,
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
@@ -117,7 +124,9 @@ def select(
     from .records import read_records
     from .select import SelectConfig, select_settings, select_traces
 
-    config = SelectConfig(rule, keep_share, keep_per_problem, unescape(step_separator), only_correct)
+    config = SelectConfig(
+        rule, keep_share, keep_per_problem, unescape(step_separator), only_correct, only_ended, max_student_share
+    )
     rows = read_records(traces)
     depends = identity(model, dtype, quantization, adapter=adapter)
     if finished(out, "select", select_settings(rows, config, depends)):

@@ -287,7 +287,8 @@ class Settings:
         self.rsd = section(RSDConfig, {k: v for k, v in config.trace.items() if k in rsd}, "trace")
         self.tracing = section(TraceConfig, {k: v for k, v in config.trace.items() if k not in rsd}, "trace")
         check_keys("select", config.select, {f.name for f in fields(SelectConfig)} - {"rule"})
-        kept = {} if "keep_share" in config.select else {"keep_per_problem": 1}
+        kept: dict[str, Any] = {} if "keep_share" in config.select else {"keep_per_problem": 1}
+        kept["max_student_share"] = self.tracing.max_student_share
         self.selecting = {
             rule: section(SelectConfig, {**kept, **config.select, "rule": rule}, "select") for rule in RULES
         }

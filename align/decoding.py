@@ -10,7 +10,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from .errors import ConfigError
-from .logps import configured_not_to_share
+from .logps import configured_not_to_share, head_on
 from .models import active_adapter
 
 #: Share of slots left out from which on a cache is closed up, and the fewest slots for which that is worth its copy.
@@ -25,7 +25,7 @@ class Policy:
         model: causal LM in eval mode.
         adapter: name of the adapter it runs under, `None` for the bare base; `...` leaves the model as it is.
         ids: for ids that this model knows by other numbers, the common id -> its own; see `align.vocabulary`.
-        never: common ids that have no probability, whatever the model makes of them: tokens that another policy lacks.
+        never: common ids that are not drawn, whatever the model makes of them: tokens that another policy lacks.
     """
 
     model: PreTrainedModel
@@ -41,7 +41,11 @@ class Policy:
         return cls(*given) if isinstance(given, tuple) else cls(given)
 
     def check(self, role: str) -> None:
-        """Raises a ConfigError where the model's attention cannot leave slots of its cache out."""
+        """Raises a ConfigError where the model is not in eval mode, or its attention cannot leave slots of its cache out."""
+        if self.model.training:
+            raise ConfigError(
+                f"the {role} is in training mode, where dropout makes its probabilities noise; call .eval()"
+            )
         reason = configured_not_to_share(self.model)
         if reason is not None:
             raise ConfigError(
@@ -73,8 +77,6 @@ class Policy:
             logits = logits[..., own]
             # Its own numbers of these tokens are no common ids.
             logits[..., [number for number in self.ids.values() if number not in self.ids]] = float("-inf")
-        if self.never:
-            logits[..., [number for number in self.never if number < logits.shape[-1]]] = float("-inf")
         return logits, output.past_key_values
 
     def own_ids(self) -> torch.Tensor:
@@ -112,8 +114,11 @@ class Decoding:
         self.caches: list[Cache] = [DynamicCache() for _ in self.policies]
         if width:
             positions = (self.visible.cumsum(1) - 1).clamp(min=0)
-            for number in range(len(self.policies)):
-                self._forward(number, ids, self.visible, positions)
+            last = torch.zeros_like(self.visible)
+            last[:1, -1] = True  # logits that nobody asks for: of one position in place of all
+            for number, policy in enumerate(self.policies):
+                with head_on(policy.model, last):
+                    self._forward(number, ids, self.visible, positions)
 
     @property
     def lengths(self) -> torch.Tensor:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+#: Rules by which an answer is surely one, see `align.verify.extract_answer`.
+MARKED = {"hash", "boxed", "answer_is"}
+
+
 @dataclass(frozen=True)
 class CorrectionSettings:
     """How corrections are made. No figure but the idea is published; defaults are ours.
@@ -29,7 +33,8 @@ class CorrectionSettings:
             correction; tokenized on its own.
         prefix_fraction: k, the number of own tokens, is drawn between these two shares of the generation's length.
         keep_correct_share: chance that a generation which has the reference's answer is left uncorrected: the model then learns
-            to end there. The answer is what `align.verify.extract_answer` finds; where it finds none in either, equal text.
+            to end there. The answer is what stands behind `####`, in `\\boxed{}` or after "the answer is"; where either has none
+            that is marked so, the texts must be equal (two essays that end in one number are not one answer).
         max_new_tokens: longest generation.
         temperature: of the generations; 0 is greedy decoding.
         max_length: of an example; see `align.mix.correction`.
@@ -79,7 +84,7 @@ def split_source(source: Example, name: str) -> tuple[list[int], list[int]]:
         RecordError: there is no prompt, or what is learned is not one piece at the end.
     """
     start = next((i for i, label in enumerate(source.labels) if label != IGNORED), len(source.labels))
-    if start == 0 or start == len(source.labels) or IGNORED in source.labels[start:]:
+    if start == 0 or start == len(source.labels) or source.input_ids[start:] != source.labels[start:]:
         raise RecordError(
             f"{name}: RAC corrects one answer to one prompt, but its labels are not a prompt without and a completion with; "
             "give prompt and completion (completion_only_loss=True), and conversations with one answer, the last"
@@ -113,18 +118,24 @@ def draw_corrections(
     """
     halves = [split_source(s, f"update {step}, row {place}") for s, (step, place) in zip(sources, keys, strict=True)]
     prompts = [prompt for prompt, _ in halves]
-    generated: dict[int, list[int]] = {}
+    generated: dict[int, tuple[list[int], bool]] = {}
+    ends = set(end_token_ids(model, tokenizer.eos_token_id))
     if settings.generates and sources:
         first = derived_seed(seed, keys[0][0])
         mine = _generate(model, tokenizer, prompts, settings, first, take, autocast)
-        generated = dict(gather(list(mine.items())))
+        # Judged where it was generated: a comparison is given up after some seconds, which processes need not agree on.
+        judged = [
+            (i, ids, ids[-1] in ends and _same_answer(tokenizer, ids[:-1], halves[i][1]))
+            for i, ids in mine.items()
+            if ids
+        ]
+        generated = {i: (ids, same) for i, ids, same in gather(judged)}
     cue_ids = list(tokenizer(settings.cue, add_special_tokens=False)["input_ids"]) if settings.cue else []
-    ends, rows = set(end_token_ids(model, tokenizer.eos_token_id)), []
+    rows = []
     for index, ((prompt, reference), (step, place)) in enumerate(zip(halves, keys, strict=True)):
-        full = generated.get(index, [])
+        full, matches = generated.get(index, ([], False))
         ended = bool(full) and full[-1] in ends
         own, generator = full[: len(full) - ended], row_generator(seed, step, place)
-        matches = ended and _same_answer(tokenizer, own, reference)
         end_ids = reference[max((i for i, token in enumerate(reference) if token in ends), default=len(reference)) :]
         k = draw_prefix_length(len(own), settings.prefix_fraction, generator)
         kept = matches and bool(end_ids) and generator.random() < settings.keep_correct_share
@@ -171,9 +182,9 @@ def _generate(
 
 def _same_answer(tokenizer: PreTrainedTokenizerBase, generated: Sequence[int], reference: Sequence[int]) -> bool:
     texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (generated, reference)]
-    found, wanted = (extract_answer(text)[0] for text in texts)
-    if found is None or wanted is None:
-        return found is wanted and texts[0] == texts[1]
+    (found, rule), (wanted, wanted_rule) = (extract_answer(text) for text in texts)
+    if not {rule, wanted_rule} <= MARKED:
+        return texts[0] == texts[1]
     return answers_equal(found, wanted)
 
 
@@ -185,9 +196,10 @@ def correction_report(rows: Sequence[dict[str, Any]], cue: str) -> dict[str, Any
         cue: the text that begins a correction.
 
     Returns:
-        `n` completions; `corrected`, the share with a cue; among those, by the answer before the first cue and the final one,
-        the shares `wrong_to_right`, `right_to_wrong`, `stays_right`, `stays_wrong`; and `accuracy_before` and `accuracy`, of all
-        completions, an answer before the cue counting where there is one.
+        `n` completions; `corrected`, the share with a cue; among those, `unanswered_before`, the share whose cue comes before any
+        answer (behind `####`, in `\\boxed{}`, after "the answer is"), and of the others, by the answer before the first cue and the
+        final one, the shares `wrong_to_right`, `right_to_wrong`, `stays_right`, `stays_wrong`; and `accuracy_before` and
+        `accuracy`, of all completions, an answer before the cue counting where there is one, and none counting as wrong.
 
     Raises:
         ConfigError: an empty cue.
@@ -196,11 +208,15 @@ def correction_report(rows: Sequence[dict[str, Any]], cue: str) -> dict[str, Any
 
     if not cue.strip():
         raise ConfigError("the cue is empty, so no correction can be told from any other text; give the training's cue")
-    outcomes = dict.fromkeys(("wrong_to_right", "right_to_wrong", "stays_right", "stays_wrong"), 0)
+    outcomes = dict.fromkeys(("wrong_to_right", "right_to_wrong", "stays_right", "stays_wrong", "unanswered_before"), 0)
     before_right = 0
     for row in rows:
         before, separator, _ = row["completion"].partition(cue.strip())
-        right = verify_completion(before, row["answer"]).correct if separator else row["correct"]
+        verdict = verify_completion(before, row["answer"]) if separator else None
+        if verdict is not None and verdict.rule not in MARKED:
+            outcomes["unanswered_before"] += 1
+            continue
+        right = row["correct"] if verdict is None else verdict.correct
         before_right += right
         if separator:
             change = {(False, True): "wrong_to_right", (True, False): "right_to_wrong", (True, True): "stays_right"}

@@ -78,6 +78,7 @@ class Trace:
         finish_reason: `stop`; `length` at `max_new_tokens`; `context` where a model's context is full; `empty_prompt` and
             `prompt_too_long` where nothing could be drawn.
         rounds: passes of the teacher that it took part in, the prompt's not counted.
+        acceptance: mean over the tokens of a = p_T(A), the chance that the student accepts what the teacher proposes.
     """
 
     completion_ids: list[int] = field(default_factory=list)
@@ -86,6 +87,7 @@ class Trace:
     student_probs: list[float] = field(default_factory=list)
     finish_reason: str = ""
     rounds: int = 0
+    acceptance: float = 0.0
 
 
 def target_distribution(
@@ -199,7 +201,7 @@ def _draw(policies: tuple[Policy, Policy], rows: list[_Row], config: RSDConfig, 
             logits = decoding.feed(1, fed[-1], before=number)[:, 0].float().to(device)
             student.append(logits)
             if number < config.lookahead:
-                probabilities = warp(_common(logits, policies), config.student_temperature, config.top_p, config.top_k)
+                probabilities = warp(_allowed(logits, policies), config.student_temperature, config.top_p, config.top_k)
                 fed.append(_inverse(probabilities, _uniforms(rows, device))[:, None])
         drafts = torch.cat(fed, 1)
         seen = _see(decoding.feed(0, drafts).float(), torch.stack(student, 1), policies, config)
@@ -220,6 +222,13 @@ def _common(logits: torch.Tensor, policies: Sequence[Policy]) -> torch.Tensor:
     return logits[..., : min(policy.vocabulary for policy in policies)]
 
 
+def _allowed(logits: torch.Tensor, policies: Sequence[Policy]) -> torch.Tensor:
+    """The same, without the tokens that are never drawn. What a model makes of the others is judged before: raw."""
+    logits = _common(logits, policies)
+    never = sorted({token for policy in policies for token in policy.never if token < logits.shape[-1]})
+    return logits.index_fill(-1, torch.tensor(never, device=logits.device), float("-inf")) if never else logits
+
+
 def _uniforms(rows: Sequence[_Row], device: torch.device, each: int | None = None) -> torch.Tensor:
     """(B,) or (B, each) numbers in [0, 1), each row's from its own generator."""
     numbers = [row.draw.random() if each is None else [row.draw.random() for _ in range(each)] for row in rows]
@@ -236,7 +245,7 @@ def _inverse(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tenso
 def _see(teacher: torch.Tensor, student: torch.Tensor, policies: Sequence[Policy], config: RSDConfig) -> _Seen:
     raw_teacher, raw_student = (_common(logits.softmax(-1), policies) for logits in (teacher, student))
     warped = [
-        warp(_common(logits, policies), temperature, config.top_p, config.top_k)
+        warp(_allowed(logits, policies), temperature, config.top_p, config.top_k)
         for logits, temperature in ((teacher, config.teacher_temperature), (student, config.student_temperature))
     ]
     return _Seen(*warped, raw_teacher, raw_student, raw_student >= config.threshold)
@@ -300,6 +309,7 @@ def _append(
 ) -> list[int]:
     """Adds a round's tokens to the traces; the rows that go on."""
     raw = [p.gather(2, tokens[:, :, None])[:, :, 0].tolist() for p in (seen.raw_teacher, seen.raw_student)]
+    accepted = (seen.teacher * seen.accepted).sum(-1).tolist()
     tokens, proposed, alive = tokens.tolist(), proposed.tolist(), []
     for i, (row, count) in enumerate(zip(rows, (kept + 1).tolist(), strict=True)):
         trace = row.trace
@@ -310,6 +320,7 @@ def _append(
             trace.sources.append(TEACHER if proposed[i][j] else STUDENT)
             trace.teacher_probs.append(raw[0][i][j])
             trace.student_probs.append(raw[1][i][j])
+            trace.acceptance += (accepted[i][j] - trace.acceptance) / len(trace.completion_ids)
             if token in ends:
                 trace.finish_reason = "stop"
             elif len(trace.completion_ids) == row.room:

@@ -48,6 +48,8 @@ class SelectConfig:
         keep_per_problem: traces that are kept of each problem; one of the two is given.
         step_separator: text that ends a step.
         only_correct: leaves wrong traces out first.
+        only_ended: leaves traces out that were cut, where `finish_reason` says so.
+        max_student_share: leaves traces out of which more is the student's own, where `student_share` says so.
     """
 
     rule: str = "rsr"
@@ -55,6 +57,8 @@ class SelectConfig:
     keep_per_problem: int | None = None
     step_separator: str = "\n"
     only_correct: bool = True
+    only_ended: bool = True
+    max_student_share: float = 0.5
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -65,6 +69,8 @@ class SelectConfig:
             raise ConfigError(f"keep_share = {self.keep_share} must lie in (0, 1]")
         if self.keep_per_problem is not None and self.keep_per_problem < 1:
             raise ConfigError(f"keep_per_problem = {self.keep_per_problem} must be at least 1")
+        if not 0 <= self.max_student_share <= 1:
+            raise ConfigError(f"max_student_share = {self.max_student_share} must lie in [0, 1]")
         if not self.step_separator:
             raise ConfigError("step_separator is empty; give the text that ends a step")
 
@@ -161,7 +167,7 @@ def select_traces(
         settings: what else the numbers depend on (hash of the student), for resuming.
 
     Returns:
-        Counts: `rows` kept, `traces`, `wrong` and `empty` (left out), `problems` that are left.
+        Counts: `rows` kept, `traces`, `wrong`, `unended`, `mostly_student` and `empty` (left out), `problems` that are left.
 
     Raises:
         RecordError, MissingColumnError: a row that is no trace; or nothing is left.
@@ -176,9 +182,19 @@ def select_traces(
     there = [row for row in traces if row.get("completion_ids")]
     for index, row in enumerate(there):
         check_row_ids(row, index, ("prompt_ids", "completion_ids"), vocab_size(student))
-    right = [row for row in there if not config.only_correct or row["correct"]]
+    refused = dict.fromkeys(("wrong", "unended", "mostly_student"), 0)
+    right = []
+    for row in there:
+        if config.only_correct and not row["correct"]:
+            refused["wrong"] += 1
+        elif config.only_ended and row.get("finish_reason", "stop") != "stop":
+            refused["unended"] += 1
+        elif row.get("student_share", 0.0) > config.max_student_share:
+            refused["mostly_student"] += 1
+        else:
+            right.append(row)
     if not right:
-        raise RecordError(f"none of {len(traces)} traces can be kept: {len(there)} have tokens, none of them is right")
+        raise RecordError(f"none of {len(traces)} traces can be kept: {len(there)} have tokens; refused: {refused}")
     scores_path = f"{out_path}.scores.jsonl" if scores_path is None else scores_path
 
     def compute(_number: int, first: int) -> list[Record]:
@@ -206,7 +222,7 @@ def select_traces(
     )  # fmt: skip
     kept = keep(read_records(scores_path), config)
     counts = {
-        "rows": len(kept), "traces": len(traces), "empty": len(traces) - len(there), "wrong": len(there) - len(right),
+        "rows": len(kept), "traces": len(traces), "empty": len(traces) - len(there), **refused,
         "problems": len({row["id"] for row in kept}),
     }  # fmt: skip
     write_chosen(out_path, kept, "select", select_settings(traces, config, settings), counts)

@@ -14,10 +14,10 @@ from .problems import load_problems
 from .records import read_records
 from .sample import SampleConfig, sample_completions, sample_settings
 from .select import select_settings, select_traces
-from .stages import is_complete, read_manifest, write_chosen
+from .stages import file_hash, is_complete, read_manifest, records_hash, write_chosen
 from .trace import choose, good_traces, load_policies, trace_problems, trace_settings
 from .verify import verify
-from .vocabulary import shared_ids
+from .vocabulary import never_ids, shared_ids
 
 if TYPE_CHECKING:
     from .pipeline import Chain
@@ -94,7 +94,8 @@ class Teaching:
                     "methods.teacher_samples: the teacher's samples cannot be learned from as they are, since it has special "
                     "tokens under other ids (special_tokens); leave the method out"
                 )
-            tokenizer = tokenizers[0]
+            # The ids are the same; prompts are put as the student will meet them, and as traces have them.
+            tokenizer = tokenizers[1]
             model = load_model(**teacher)
             self.counts["teacher samples"] = sample_completions(model, tokenizer, problems, path, config, identity)
             del model
@@ -103,10 +104,20 @@ class Teaching:
         verify(path, verdicts)
         depends = {**sample_settings(problems, config, identity), "prefix_tokens": tracing.prefix_tokens}
         if not is_complete(kept, "teacher kept", depends):
-            chosen, counts = choose(read_records(verdicts), tracing)
-            write_chosen(kept, chosen, "teacher kept", depends, counts)
+            rows = read_records(verdicts)
+            never = set(never_ids(self.chain.tokenizer(), self.config.never)) | self._beyond(teacher)
+            known = [row for row in rows if never.isdisjoint(row["completion_ids"])]
+            chosen, counts = choose(known, tracing)
+            write_chosen(kept, chosen, "teacher kept", depends, counts | {"unknown_to_student": len(rows) - len(known)})
         self.counts["teacher samples"] |= read_manifest(kept)["counts"]
         return kept
+
+    def _beyond(self, teacher: Mapping[str, Any]) -> set[int]:
+        """Ids of tokens that only the teacher has."""
+        from .models import load_tokenizer
+
+        tokenizer = load_tokenizer(teacher["path"], trust_remote_code=teacher.get("trust_remote_code", False))
+        return set(never_ids(tokenizer, self.config.never))
 
     def traces(self) -> Path:
         """RSD traces, the shortest good one of each problem."""
@@ -126,8 +137,23 @@ class Teaching:
         return kept
 
     def selected(self, rule: str) -> Path:
-        """Of the good traces, those that a rule ranks first."""
-        self.traces()
+        """Of the good traces, those that a rule ranks first; and beginnings for the problems that have no good one, as there
+        are where the shortest is taken, so that rules differ in nothing but what they choose."""
+        fallback = [row for row in read_records(self.traces()) if row["prefix_only"]]
+        path = self._select(rule)
+        out, depends = (
+            self.out / f"demonstrations-{rule}.jsonl",
+            {"selected": file_hash(path), "fallback": records_hash(fallback)},
+        )
+        if not is_complete(out, "selected and beginnings", depends):
+            rows = [*read_records(path), *fallback]
+            write_chosen(
+                out, rows, "selected and beginnings", depends, {"rows": len(rows), "prefix_only": len(fallback)}
+            )
+        return out
+
+    def _select(self, rule: str) -> Path:
+        """What a rule keeps of the good traces."""
         path, config = self.out / f"selected-{rule}.jsonl", self.settings.selecting[rule]
         rows, _ = good_traces(read_records(self.out / "traces.jsonl"), self.settings.tracing)
         identity = self.chain.identity()

@@ -31,8 +31,8 @@ class TraceConfig:
     Args:
         n: traces per problem.
         max_student_share: a trace with a larger share of tokens from the student is rejected.
-        prefix_tokens: of a problem without a kept trace, the first so many tokens of one serve as a demonstration without an
-            end; 0 leaves such problems out.
+        prefix_tokens: of a problem without a kept trace, the first so many tokens of one, and at most half of it, serve as a
+            demonstration without an end; 0 leaves such problems out.
         max_prompt_length: longer prompts are left out and counted.
         batch_size: traces drawn together.
     """
@@ -73,8 +73,8 @@ def trace_problems(
         settings: what else the traces depend on (hashes of the models), for resuming.
 
     Returns:
-        Counts: `rows`, `tokens`, `correct`, `stop`, `length`, `context`, `empty_prompt`, `prompt_too_long`, `teacher_share` of all
-        tokens, `tokens_per_teacher_pass`, and what `choose` counts.
+        Counts: `rows`, `tokens`, `correct`, `stop`, `length`, `context`, `empty_prompt`, `prompt_too_long`, `acceptance` of the
+        teacher's proposals, `teacher_share` of all tokens, `tokens_per_teacher_pass`, and what `choose` counts.
 
     Raises:
         RecordError, MissingColumnError: a problem that does not fit the schema.
@@ -82,7 +82,11 @@ def trace_problems(
     rsd, config = rsd or RSDConfig(), config or TraceConfig()
     problems = list(problems)
     check_records(problems, "problem", source="problems")
-    prompts = [encode_prompt(tokenizer, p["prompt"], f"problem {p['id']!r}") for p in problems]
+    prompts = [_encode(tokenizer, p) for p in problems]
+    known = min(teacher.vocabulary, student.vocabulary)
+    for problem, ids in zip(problems, prompts, strict=True):
+        if (highest := max(ids, default=0)) >= known:
+            raise RecordError(f"problem {problem['id']!r}: its prompt has id {highest}, the models know {known}")
     longest = config.max_prompt_length
     places = [i for i, ids in enumerate(prompts) if longest is None or len(ids) <= longest]
     if not places:
@@ -90,7 +94,10 @@ def trace_problems(
     # Prompts of one length share a batch; draws of a problem do, too.
     draws = [(i, draw) for i in sorted(places, key=lambda i: len(prompts[i])) for draw in range(config.n)]
     batches = [draws[i : i + config.batch_size] for i in range(0, len(draws), config.batch_size)]
+    common = {theirs: ours for ours, theirs in teacher.ids.items()}
     ends = end_token_ids(student.model, tokenizer.eos_token_id)
+    # A teacher's turn may end otherwise than the student's.
+    ends = sorted({*ends, *(common.get(token, token) for token in end_token_ids(teacher.model, ends[0]))})
 
     def compute(_number: int, batch: list[tuple[int, int]]) -> list[Record]:
         numbers = [i * config.n + draw for i, draw in batch]
@@ -111,8 +118,8 @@ def trace_problems(
 
     def note(rows: Sequence[Record]) -> str:
         tokens = sum(len(row["completion_ids"]) for row in rows)
-        own = sum(sum(row["from_teacher"]) for row in rows)
-        return f"{tokens / max(1e-9, sum(row['seconds'] for row in rows)):.0f} tokens/s, {own / max(1, tokens):.0%} the teacher's"
+        speed = tokens / max(1e-9, sum(row["seconds"] for row in rows))
+        return f"{speed:.0f} tokens/s, {_acceptance(rows):.0%} of proposals accepted"
 
     def finish(rows: list[Record]) -> None:
         for row in rows:
@@ -159,7 +166,8 @@ def load_policies(
     ]
     renamed = shared_ids(*tokenizers, special_tokens, never)
     # A token that only one of them has stands at an id of its own, except where the other's is mapped.
-    barred = tuple(sorted({i for tokenizer in tokenizers for i in never_ids(tokenizer, never)}))
+    theirs, ours = (never_ids(tokenizer, never) for tokenizer in tokenizers)
+    barred = tuple(sorted({*ours, *(i for i in theirs if i not in renamed)}))
     base, same = ({k: v for k, v in m.items() if k != "adapter"} for m in (teacher, student))
     if base == same:
         adapters = {r: m["adapter"] for r, m in (("teacher", teacher), ("student", student)) if m.get("adapter")}
@@ -181,7 +189,7 @@ def _columns(tokenizer: PreTrainedTokenizerBase, problem: Record, trace: Trace) 
         "completion_ids": trace.completion_ids, "completion": text, "finish_reason": trace.finish_reason,
         "extracted": verdict.extracted, "rule": verdict.rule, "correct": verdict.correct,
         "from_teacher": from_teacher, "teacher_probs": trace.teacher_probs, "student_probs": trace.student_probs,
-        "student_share": 1 - sum(from_teacher) / len(from_teacher) if from_teacher else 0.0, "rounds": trace.rounds,
+        "acceptance": trace.acceptance, "student_share": 1 - sum(from_teacher) / len(from_teacher) if from_teacher else 0.0, "rounds": trace.rounds,
     }  # fmt: skip
 
 
@@ -191,9 +199,23 @@ def _count(rows: Sequence[Record]) -> dict[str, Any]:
     return {
         "tokens": tokens, "correct": sum(row["correct"] for row in rows),
         **{reason: sum(row["finish_reason"] == reason for row in rows) for reason in reasons},
-        "teacher_share": sum(sum(row["from_teacher"]) for row in rows) / max(1, tokens),
+        "acceptance": _acceptance(rows), "teacher_share": sum(sum(row["from_teacher"]) for row in rows) / max(1, tokens),
         "tokens_per_teacher_pass": tokens / max(1, sum(row["rounds"] for row in rows)),
     }  # fmt: skip
+
+
+def _acceptance(rows: Sequence[Record]) -> float:
+    """Mean over all tokens of the chance that a proposal of the teacher is accepted."""
+    tokens = sum(len(row["completion_ids"]) for row in rows)
+    return sum(row["acceptance"] * len(row["completion_ids"]) for row in rows) / max(1, tokens)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, problem: Record) -> list[int]:
+    """Ids of a problem's prompt; none for an empty text, which costs the other problems nothing."""
+    prompt = problem["prompt"]
+    if isinstance(prompt, str) and not prompt and not tokenizer(prompt)["input_ids"]:
+        return []
+    return encode_prompt(tokenizer, prompt, f"problem {problem['id']!r}")
 
 
 def good_traces(rows: Sequence[Record], config: TraceConfig) -> tuple[list[Record], dict[str, int]]:
@@ -236,8 +258,9 @@ def choose(rows: Sequence[Record], config: TraceConfig) -> tuple[list[Record], d
         if those := of_problem.get(name):
             chosen.append(_demonstration(min(those, key=lambda row: len(row["completion_ids"])), None))
             counts["kept"] += 1
-        elif config.prefix_tokens and longest["completion_ids"]:
-            chosen.append(_demonstration(longest, config.prefix_tokens))
+        elif (length := min(config.prefix_tokens, len(longest["completion_ids"]) // 2)) > 0:
+            # Never the whole of a wrong answer, nor its end.
+            chosen.append(_demonstration(longest, length))
             counts["prefix_only"] += 1
         else:
             counts["left_out"] += 1

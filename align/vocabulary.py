@@ -18,7 +18,8 @@ def token_differences(
     one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 ) -> list[tuple[int, str | None, str | None]]:
     """Ids that are not the same token for both, with both tokens (`None` where a tokenizer has none)."""
-    ids = list(range(max(len(one), len(other))))
+    # Ids may have gaps: the number of tokens says nothing of the highest id.
+    ids = list(range(1 + max(max(t.get_vocab().values(), default=-1) for t in (one, other))))
     pairs = zip(ids, *(tokenizer.convert_ids_to_tokens(ids) for tokenizer in (one, other)), strict=True)
     return [(index, ours, theirs) for index, ours, theirs in pairs if ours != theirs]
 
@@ -59,6 +60,8 @@ def shared_ids(
             ids.append(index)
         found[ids[1]] = ids[0]
     for token in never:
+        if token in (teacher.eos_token, student.eos_token):
+            raise ModelMismatchError(f"never draw {token!r}: it ends an answer; map it to the other's end")
         if (there := [t.get_vocab().get(token) for t in (teacher, student)]).count(None) != 1:
             whose = "none of the two has it" if there == [None, None] else "both have it: it can be drawn"
             raise ModelMismatchError(f"never draw {token!r}: {whose}")

@@ -4,8 +4,9 @@
 
 Random weights of Llama's shape. The teacher is the student with layers behind it whose outputs are scaled down, so that drafts are
 accepted about as often as among models of one family; the head is scaled up until a token has the certainty of text. Lookaheads
-take turns; a figure is the median of the rounds. `bound`: what the acceptance rate α and the cost c of a student's pass over a
-teacher's allow, (1 − α^(γ+1)) / (1 − α) · (1 + c) / (1 + (γ + 1) c), if a pass of the teacher took as long for γ + 1 tokens as for one.
+take turns; a figure is the median of the rounds. `bound`: what k tokens per pass of the teacher, as counted, allow where a pass of the
+student costs c of the teacher's: k · (1 + c) / (1 + (γ + 1) c). It takes a pass over γ + 1 tokens to be as fast as one over one, and
+everything beside the models to be free.
 """
 
 import json
@@ -71,40 +72,49 @@ def pass_seconds(model, batch: int, device: str, repeats: int = 7) -> float:
     return median(times[1:])
 
 
-def bound(alpha: float, ahead: int, cost: float) -> float:
-    """Most that a lookahead can gain over none."""
-    tokens = (1 - alpha ** (ahead + 1)) / (1 - alpha) if alpha < 1 else ahead + 1.0
+def bound(tokens: float, ahead: int, cost: float) -> float:
+    """Most that a lookahead with so many tokens per pass of the teacher can gain over none."""
     return tokens * (1 + cost) / (1 + (ahead + 1) * cost)
 
 
 def measure(
-    shape: str, layers: int, batches: list[int], tokens: int, rounds: int, scale: float, sharpness: float, device: str
-):
+    shape: str,
+    layers: int,
+    batches: list[int],
+    tokens: int,
+    rounds: int,
+    scale: float,
+    sharpness: float,
+    device: str,
+    threshold: float,
+) -> list[dict[str, Any]]:
+    """One teacher, all batches and lookaheads."""
     teacher, student = make_models(shape, layers, scale, sharpness, device)
     results = []
     for batch in batches:
         generator = torch.Generator().manual_seed(1)
         prompts = torch.randint(0, SHAPES[shape][3], (batch, 64), generator=generator).tolist()
         cost = pass_seconds(student, batch, device) / pass_seconds(teacher, batch, device)
-        found: dict[int, dict[str, list]] = {ahead: {"speed": [], "gain": []} for ahead in LOOKAHEADS}
+        found: dict[int, dict[str, list]] = {ahead: {"speed": [], "gain": [], "accepted": []} for ahead in LOOKAHEADS}
         for number in range(rounds):
             for ahead in LOOKAHEADS:
-                config = RSDConfig(lookahead=ahead, draws=5, max_new_tokens=tokens, seed=number)
+                config = RSDConfig(threshold, lookahead=ahead, draws=5, max_new_tokens=tokens, seed=number)
                 if device != "cpu":
                     torch.cuda.synchronize()
                 start = time.perf_counter()
                 traces = reverse_speculative_decode(teacher, student, prompts, config, NOWHERE)
                 seconds = time.perf_counter() - start
                 found[ahead]["speed"].append(batch * tokens / seconds)
+                found[ahead]["accepted"].append(sum(t.acceptance for t in traces) / batch)
                 found[ahead]["gain"].append(sum(len(t.completion_ids) for t in traces) / sum(t.rounds for t in traces))
-        alpha = sum(found[1]["gain"]) / rounds - 1
+        drafts = sum(found[1]["gain"]) / rounds - 1
         plain = median(found[0]["speed"])
         for ahead, those in found.items():
             speed = median(those["speed"])
             results.append(
-                {"teacher layers": layers, "batch": batch, "teacher / student": 1 / cost, "acceptance": alpha, "lookahead": ahead,
+                {"teacher layers": layers, "batch": batch, "teacher / student": 1 / cost, "proposals accepted": sum(those["accepted"]) / rounds, "drafts accepted": drafts, "lookahead": ahead,
                  "tokens per second": speed, "over lookahead 0": speed / plain,
-                 "tokens per teacher pass": sum(those["gain"]) / rounds, "bound": bound(alpha, ahead, cost),
+                 "tokens per teacher pass": sum(those["gain"]) / rounds, "bound": bound(sum(those["gain"]) / rounds, ahead, cost),
                  "all": those["speed"]}
             )  # fmt: skip
             print({k: v for k, v in results[-1].items() if k != "all"}, flush=True)
@@ -158,9 +168,10 @@ def main(
     shape: Annotated[str, typer.Option(help=f"Of {', '.join(SHAPES)}.")] = "cpu",
     layers: Annotated[list[int] | None, typer.Option(help="Of the teacher; may be repeated.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Traces at a time; may be repeated.")] = None,
-    tokens: int = 48,
+    tokens: int = 96,
     rounds: int = 3,
     scale: Annotated[float, typer.Option(help="Of what the layers that the student lacks add, all together.")] = 0.3,
+    threshold: Annotated[float, typer.Option(help="τ.")] = 0.01,
     sharpness: Annotated[float, typer.Option(help="Standard deviation of the logits.")] = 6.0,
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
     plot_path: Annotated[Path | None, typer.Option("--plot")] = None,
@@ -169,9 +180,18 @@ def main(
     device = "cuda" if shape == "cuda" else "cpu"
     results = []
     for count in layers or [6, 12, 24]:
-        results += measure(shape, count, batch or [1, 8], tokens, rounds, scale, sharpness, device)
+        results += measure(shape, count, batch or [1, 8], tokens, rounds, scale, sharpness, device, threshold)
     shown = [{k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items() if k != "all"} for row in results]
     print(markdown_table(shown))
+    for count in layers or [6, 12, 24]:
+        best = {
+            b: max(r["tokens per second"] for r in results if (r["teacher layers"], r["batch"]) == (count, b))
+            for b in batch or [1, 8]
+        }
+        print(
+            f"{count} layers: "
+            + ", ".join(f"batch {b} over batch {min(best)}: {v / best[min(best)]:.1f}" for b, v in best.items())
+        )
     if json_path:
         hardware = (
             torch.cuda.get_device_name() if device != "cpu" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
@@ -183,6 +203,7 @@ def main(
             "rounds": rounds,
             "scale": scale,
             "sharpness": sharpness,
+            "threshold": threshold,
         }
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(settings | {"results": results}, indent=2) + "\n")

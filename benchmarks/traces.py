@@ -153,7 +153,10 @@ def main(
     counted = {}
     for name, runs, suffix in (("0.01", high, ""), (f"{LOW:g}", low, "-low")):
         traces = [s["counts"]["trace"] for s in runs]
-        counted[name] = {key: fmean(t[key] for t in traces) for key in ("rows", "correct", "teacher_share", "kept")}
+        counted[name] = {
+            key: fmean(t[key] for t in traces)
+            for key in ("rows", "correct", "acceptance", "teacher_share", "kept", "prefix_only")
+        }
         counted[name]["problems with traces that differ"] = fmean(
             differ(out / f"seed-{seed}{suffix}/traces.jsonl") for seed in range(1, seeds + 1)
         )

@@ -7,7 +7,8 @@ arXiv 2410.14655).
 Its result is what DPO or cDPO goes on from (the paper's best result):
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/cdpo.py \
-        --config recipes/configs/cdpo/tiny-arithmetic.yaml --set model.path=runs/rac/rac --output runs/rac-cdpo
+        --config recipes/configs/cdpo/tiny-arithmetic.yaml --set model.path=runs/rac/rac --output runs/rac-cdpo \
+        --set sample.max_new_tokens=160 --set evaluate.max_new_tokens=160 --set inspect.first_error=false
 
 An adapter is merged before: `align merge runs/rac/merged --model BASE --adapter runs/rac/rac`.
 

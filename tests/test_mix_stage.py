@@ -102,14 +102,14 @@ def test_corrections_are_counted(tmp_path):
     report = correction_report(rows, " No. ")
     assert report == {
         "n": 7, "corrected": 5 / 7, "wrong_to_right": 2 / 5, "right_to_wrong": 1 / 5, "stays_right": 1 / 5,
-        "stays_wrong": 1 / 5, "accuracy_before": 3 / 7, "accuracy": 4 / 7,
+        "stays_wrong": 0.0, "unanswered_before": 1 / 5, "accuracy_before": 3 / 7, "accuracy": 4 / 7,
     }  # fmt: skip
     assert correction_report(rows[:2], "No.")["corrected"] == 0
     with pytest.raises(ConfigError, match="the cue is empty"):
         correction_report(rows, "\n")
     write_records(tmp_path / "verdicts.jsonl", rows)
     out = align("evaluate", tmp_path / "verdicts.jsonl", "--corrections", " No.").stdout
-    assert "| wrong to right  | 40.0 |" in out and "| pass@1" in out
+    assert "| wrong to right    | 40.0 |" in out and "| pass@1" in out
     as_json = json.loads(align("evaluate", tmp_path / "verdicts.jsonl", "--corrections", "No.", "--json").stdout)
     assert as_json["corrections"] == report
 

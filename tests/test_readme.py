@@ -81,7 +81,7 @@ def test_the_python_examples(chain, monkeypatch):
 
     problems = read_records("data/tiny-arithmetic/train.jsonl")[:40]
     rows = [{"prompt": row["prompt"], "completion": row["solution"]} for row in problems]
-    loading = 'load_dataset("trl-lib/Capybara", split="train")'
+    loading = 'load_dataset("trl-lib/tldr", split="train")'
     assert loading in bash
     two_steps = cpu.replace("max_steps=1", "max_steps=2")
     bash = bash.replace(loading, "Dataset.from_list(rows)").replace("bf16=True", two_steps)

@@ -60,7 +60,15 @@ def test_every_configuration_is_understood(path, tmp_path):
     ours = path.parent.name if path.parent.name in METHODS else "cdpo"
     baseline = {"demonstrations": "sft", "traces": "teacher_samples"}.get(METHODS[ours].learns, "dpo")
     assert set(config.methods) >= {baseline, ours}
-    for own in ("alpha", "epsilon", "epsilon_schedule", "cue", "max_new_tokens"):
+    for own in (
+        "alpha",
+        "epsilon",
+        "epsilon_schedule",
+        "cue",
+        "max_new_tokens",
+        "prefix_fraction",
+        "keep_correct_share",
+    ):
         config.methods[ours]["args"].pop(own, None)
     rates = [config.methods[method]["args"].pop("learning_rate") for method in (baseline, ours)]
     assert config.methods[baseline] == config.methods[ours]  # a fair baseline …

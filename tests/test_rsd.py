@@ -123,6 +123,23 @@ def test_a_broken_rule_is_found(monkeypatch):
         assert set(found) - {k for k, chance in expected.items() if chance > 0} or fit(found, expected, 10_000) < 1e-9
 
 
+def test_a_broken_plain_loop_is_found(monkeypatch):
+    """The same test rejects a student that accepts whatever is proposed."""
+    from align import rsd
+
+    teacher, student = models()
+    expected, see = exact(teacher, student, [3, 1], 0.15, 1), rsd._see
+
+    def anything(*args):
+        seen = see(*args)
+        seen.accepted = torch.ones_like(seen.accepted)
+        return seen
+
+    monkeypatch.setattr(rsd, "_see", anything)
+    found = sample(teacher, student, [3, 1], 10_000, threshold=0.15, lookahead=0)
+    assert set(found) - {k for k, chance in expected.items() if chance > 0} or fit(found, expected, 10_000) < 1e-9
+
+
 def test_the_closed_form():
     teacher = torch.tensor([[0.5, 0.3, 0.2], [0.0, 0.0, 1.0], [0.2, 0.3, 0.5]])
     student = torch.tensor([[0.1, 0.2, 0.7], [0.6, 0.4, 0.0], [0.2, 0.3, 0.5]])
@@ -250,7 +267,9 @@ def test_models_whose_caches_cannot_have_holes_are_refused():
         num_key_value_heads=2, sliding_window=8,
     )  # fmt: skip
     with pytest.raises(ConfigError, match="the student cannot be decoded with slots left out: .*sliding-window"):
-        reverse_speculative_decode(tiny_llama(vocab_size=40), MistralForCausalLM(config), [[1]], RSDConfig(), 0)
+        reverse_speculative_decode(tiny_llama(vocab_size=40), MistralForCausalLM(config).eval(), [[1]], RSDConfig(), 0)
+    with pytest.raises(ConfigError, match="the teacher is in training mode"):
+        reverse_speculative_decode(tiny_llama(vocab_size=40).train(), tiny_llama(vocab_size=40), [[1]], RSDConfig(), 0)
 
 
 def test_warping_is_that_of_transformers():

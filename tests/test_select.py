@@ -34,7 +34,7 @@ def test_scores_against_loops(tmp_path, tokenizer):
     model = tiny_llama(vocab_size=len(tokenizer))
     rows = traces(tokenizer, ["one two\nthree", "four\nfive\nsix seven", "eight", "nine ten\n\neleven"])
     counts = select_traces(model, tokenizer, rows, tmp_path / "out.jsonl", SelectConfig(keep_share=1.0))
-    assert counts == {"rows": 4, "traces": 4, "empty": 0, "wrong": 0, "problems": 2}
+    assert counts == {"rows": 4, "traces": 4, "empty": 0, "wrong": 0, "unended": 0, "mostly_student": 0, "problems": 2}
     found, shares, means = read_records(tmp_path / "out.jsonl"), [], []
     for row, scored in zip(rows, found, strict=True):
         ids, prompt = row["completion_ids"], row["prompt_ids"]
@@ -135,12 +135,21 @@ def test_the_command(tmp_path, tokenizer, model_dir):
     flags = ["--model", model_dir, "--dtype", "float32", "--rule", "aslec-drop", "--keep-per-problem", "1"]
     command = ["select", tmp_path / "traces.jsonl", tmp_path / "out.jsonl", *flags]
     counts = json.loads(align(*command).stdout)
-    assert counts == {"rows": 2, "traces": 4, "empty": 1, "wrong": 1, "problems": 2}
+    assert counts == {"rows": 2, "traces": 4, "empty": 1, "wrong": 1, "unended": 0, "mostly_student": 0, "problems": 2}
     assert json.loads(align(*command).stdout) == counts
     assert [row["completion"] for row in read_records(tmp_path / "out.jsonl")] == ["one", "two\nthree"]
     model = tiny_llama()
-    with pytest.raises(RecordError, match="none of 1 traces can be kept: 1 have tokens, none of them is right"):
+    with pytest.raises(RecordError, match="none of 1 traces can be kept: 1 have tokens; refused: .*'wrong': 1"):
         select_traces(model, tokenizer, rows[2:3], tmp_path / "no.jsonl", SelectConfig(keep_share=1.0))
     del rows[1]["correct"]
     with pytest.raises(MissingColumnError, match=r"row 1 \(id 'p1'\): no column correct"):
         select_traces(model, tokenizer, rows, tmp_path / "no.jsonl", SelectConfig(keep_share=1.0))
+
+
+def test_traces_that_were_cut_or_are_mostly_the_students_are_left_out(tmp_path, tokenizer):
+    model, rows = tiny_llama(vocab_size=len(tokenizer)), traces(tokenizer, ["one", "two", "three", "four"], problems=4)
+    rows[0]["finish_reason"], rows[1]["finish_reason"], rows[2]["student_share"] = "length", "stop", 0.9
+    counts = select_traces(model, tokenizer, rows, tmp_path / "out.jsonl", SelectConfig(keep_per_problem=1))
+    assert (counts["rows"], counts["unended"], counts["mostly_student"], counts["wrong"]) == (2, 1, 1, 0)
+    lenient = SelectConfig(keep_per_problem=1, only_ended=False, max_student_share=1.0)
+    assert select_traces(model, tokenizer, rows, tmp_path / "all.jsonl", lenient)["rows"] == 4

@@ -179,6 +179,79 @@ def test_resumed_equals_uninterrupted(kind, saved_at, tmp_path, tokenizer):
     assert later and [row for row in contexts(tmp_path / "other") if row["step"] >= 6] == later
 
 
+@pytest.mark.parametrize("kind", ["bash", "rac"])
+def test_resumed_with_accumulated_gradients(kind, tmp_path, tokenizer):
+    """Two micro-batches per update, epochs that end in the middle of one, windows across a checkpoint."""
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "max_steps": 8,
+        "contexts_limit": None,
+        "gradient_accumulation_steps": 2,
+    }
+    whole = make(kind, tmp_path / "whole", tokenizer, **options)
+    whole.train()
+    other = tmp_path / "other" / "checkpoint-4"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", other)
+    resumed = make(kind, tmp_path / "other", tokenizer, **options)
+    resumed.train(resume_from_checkpoint=str(other))
+    assert losses(resumed) == losses(whole) and same_weights(resumed, whole)
+    # Places count through an update: 3 rows of each of its micro-batches, 2 in an epoch's last.
+    by_step: dict[int, list[int]] = {}
+    for row in contexts(tmp_path / "whole"):
+        by_step.setdefault(row["step"], []).append(row["position"])
+    assert [by_step[step] for step in range(3)] == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [0, 1]]
+
+
+@pytest.mark.parametrize("rows", [12, 13, 14, 15, 16])
+def test_the_loader_is_never_at_its_end_while_a_window_is_trained_on(rows, tmp_path, tokenizer):
+    """It would cut what is gathered of several processes to the rows of a batch that is not this one."""
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen.append(trainer.accelerator.gradient_state.end_of_dataloader)
+
+    trainer = make("bash", tmp_path, tokenizer, data=demonstrations(rows), refresh_steps=4, max_steps=10)
+    trainer.add_callback(Look())
+    trainer.train()
+    assert len(seen) == 10 and not any(seen)
+
+
+@pytest.mark.parametrize("kind", ["bash", "rac"])
+def test_mixed_rows_are_not_taken_for_ground_truth(kind, tmp_path, tokenizer):
+    """Rows of `align mix`: their ids are the model's own in places, their labels are not."""
+    rows = [{"input_ids": [5, 6, 200, 201, 0], "labels": [-100, -100, 10, 20, 0]} for _ in range(6)]
+    trainer = make(
+        kind, tmp_path, tokenizer, data=Dataset.from_list(rows), dataset_kwargs={"skip_prepare_dataset": True}
+    )
+    with pytest.raises(RecordError, match="labels that are not its ids, as rows of `align mix` do"):
+        trainer.train()
+
+
+def test_every_token_learned_is_said(tmp_path, tokenizer):
+    with pytest.warns(UserWarning, match="prompts and the user's turns too"):
+        make("bash", tmp_path, tokenizer, completion_only_loss=False, max_steps=1).train()
+
+
+def test_answers_are_the_same_only_where_they_are_marked(tokenizer):
+    from align.rac import _same_answer
+
+    def same(*texts: str) -> bool:
+        return _same_answer(tokenizer, *(tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts))
+
+    assert same("3+4=7 #### 7", "4+3=7; #### 7.0") and same("It is $\\boxed{7}$.", "#### 7")
+    assert not same("#### 7", "#### 8") and not same("She was born in 1990.", "The war ended in 1990.")
+    assert same("It is 7.", "It is 7.") and not same("It is 7.", "#### 7")
+
+
+def test_contexts_of_an_earlier_run_do_not_stay(tmp_path, tokenizer):
+    make("bash", tmp_path, tokenizer, max_steps=9).train()
+    make("bash", tmp_path, tokenizer, max_steps=5).train()
+    names = [path.name for path in sorted((tmp_path / "contexts").iterdir())]
+    assert names == ["step-00000000.jsonl", "step-00000003.jsonl"]
+
+
 def test_a_checkpoint_without_its_contexts_says_so(tmp_path, tokenizer, capsys):
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     make("bash", tmp_path, tokenizer, **options).train()

@@ -11,11 +11,12 @@ from test_trace import with_tokens
 from align.config import read_config
 from align.decoding import Policy
 from align.errors import ConfigError, ModelMismatchError
-from align.models import load_tokenizer
 from align.pipeline import Chain
 from align.records import read_records
 from align.rsd import RSDConfig, reverse_speculative_decode
+from align.teaching import Teaching
 from align.tiny import make_problems, restyle
+from align.trace import load_policies
 from align.vocabulary import never_ids, shared_ids
 
 CONFIG = ROOT / "recipes/configs/rsd/tiny-arithmetic.yaml"
@@ -101,7 +102,11 @@ def test_a_token_that_one_of_them_lacks_is_never_drawn():
     assert shared_ids(plain, more, never=["<|think|>"]) == shared_ids(more, plain, never=["<|think|>"]) == {}
     own = never_ids(more, ["<|think|>"])
     assert own == (len(plain),) and never_ids(plain, ["<|think|>"]) == ()
-    for never, words in ((["<|x|>"], "none of the two has it"), ([plain.eos_token], "both have it")):
+    for never, words in (
+        (["<|x|>"], "none of the two has it"),
+        ([plain.convert_ids_to_tokens(9)], "both have it"),
+        ([plain.eos_token], "it ends an answer"),
+    ):
         with pytest.raises(ModelMismatchError, match=words):
             shared_ids(plain, more, never=never)
     with pytest.raises(ModelMismatchError, match="never to be drawn"):
@@ -118,19 +123,73 @@ def test_a_token_that_one_of_them_lacks_is_never_drawn():
         for policy in (Policy(student), Policy(student, never=own))
     ]
     assert own[0] in drawn[0] and own[0] not in drawn[1]
+    # What is recorded and judged is the student's raw probability, the barred token's included.
+    (trace,) = reverse_speculative_decode(Policy(teacher), Policy(student, never=own), prompts[:1], config, -1)
+    ids = prompts[0] + trace.completion_ids
+    with torch.no_grad():
+        raw = student(torch.tensor([ids])).logits[0, len(prompts[0]) - 1 : -1].softmax(-1)
+    wanted = raw.gather(1, torch.tensor(trace.completion_ids)[:, None])[:, 0].tolist()
+    assert trace.student_probs == pytest.approx(wanted, rel=1e-3, abs=1e-12)
+    assert all(p >= 0.01 for p, source in zip(wanted, trace.sources, strict=True) if source == "teacher")
+
+
+def test_which_ids_are_barred_where_others_are_mapped(tmp_path):
+    """The teacher's barred token may have the number of another one of the student's."""
+    teacher, student = with_tokens("<|think|>", "<|a|>"), with_tokens("<|a|>")
+    for name, tokenizer in (("teacher", teacher), ("student", student)):
+        tokenizer.save_pretrained(tmp_path / name)
+        tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / name)
+    models = ({"path": str(tmp_path / name), "dtype": "float32"} for name in ("teacher", "student"))
+    one, other, _ = load_policies(*models, {"<|a|>": "<|a|>"}, ["<|think|>"])
+    size = len(byte_level_tokenizer())
+    assert one.ids == {size: size + 1} and one.never == other.never == ()
 
 
 def test_samples_of_a_teacher_with_other_ids_are_refused(tmp_path):
     """They would be trained on as other tokens; traces are mapped as they are drawn."""
-    folder = tmp_path / "teacher"
-    load_tokenizer("data/tiny-arithmetic/model").save_pretrained(folder)
-    other = byte_level_tokenizer()
-    other.save_pretrained(folder)
-    tiny_llama(vocab_size=len(other)).save_pretrained(folder)
-    chain = Chain(
-        read_config(CONFIG, [f"teacher={{path: {folder}, dtype: float32}}", "train.limit=4"]), tmp_path / "run"
-    )
+    for name, tokens in (("teacher", ("<|a|>", "<|b|>")), ("student", ("<|b|>", "<|a|>"))):
+        tokenizer = with_tokens(*tokens)
+        tokenizer.save_pretrained(tmp_path / name)
+        tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / name)
+    values = [
+        f"teacher={{path: {tmp_path / 'teacher'}, dtype: float32}}",
+        f"model.path={tmp_path / 'student'}",
+        "train.limit=4",
+    ]
     with pytest.raises(ModelMismatchError, match="other tokenizers"):
-        chain.train("teacher_samples", {})
-    with pytest.raises(ModelMismatchError, match="other tokenizers"):
-        chain.train("rsd", {})
+        Chain(read_config(CONFIG, values), tmp_path / "run").train("teacher_samples", {})
+    mapped = [*values, "special_tokens={'<|a|>': '<|a|>', '<|b|>': '<|b|>'}"]
+    with pytest.raises(ConfigError, match="special tokens under other ids"):
+        Chain(read_config(CONFIG, mapped), tmp_path / "run").train("teacher_samples", {})
+
+
+def test_what_the_student_does_not_know_is_no_demonstration(tmp_path):
+    """Samples with a token that the student lacks are left out and counted."""
+    for name, tokens in (("teacher", ("<|think|>",)), ("student", ())):
+        tokenizer = with_tokens(*tokens)
+        tokenizer.save_pretrained(tmp_path / name)
+        model = tiny_llama(vocab_size=len(tokenizer))
+        if tokens:
+            with torch.no_grad():
+                model.get_output_embeddings().weight[tokenizer.get_vocab()["<|think|>"]] *= 30
+        model.save_pretrained(tmp_path / name)
+    values = [
+        f"teacher={{path: {tmp_path / 'teacher'}, dtype: float32}}",
+        f"model.path={tmp_path / 'student'}",
+        "train.limit=4",
+    ]
+    values += [
+        "never=['<|think|>']",
+        "trace.max_new_tokens=6",
+        "trace.n=3",
+        "trace.teacher_temperature=1.0",
+        "trace.top_k=0",
+    ]
+    chain = Chain(read_config(CONFIG, values), tmp_path / "run")
+    counts = {}
+    path = Teaching(chain, counts).samples()
+    never = with_tokens("<|think|>").get_vocab()["<|think|>"]
+    drawn = read_records(tmp_path / "run" / "teacher-samples.jsonl")
+    bad = sum(never in row["completion_ids"] for row in drawn)
+    assert counts["teacher samples"]["unknown_to_student"] == bad > 0
+    assert all(never not in row["completion_ids"] for row in read_records(path))

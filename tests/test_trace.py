@@ -8,11 +8,11 @@ from conftest import byte_level_tokenizer, tiny_llama
 from test_recipes import ROOT, align
 
 from align.decoding import Policy
-from align.errors import ConfigError, ModelMismatchError
+from align.errors import ConfigError, ModelMismatchError, RecordError
 from align.models import load_tokenizer
 from align.records import read_records
 from align.rsd import RSDConfig, reverse_speculative_decode
-from align.trace import TraceConfig, choose
+from align.trace import TraceConfig, choose, trace_problems
 from align.vocabulary import shared_ids
 
 MODEL = str(ROOT / "data/tiny-arithmetic/model")
@@ -80,6 +80,10 @@ def test_the_shortest_right_trace_is_kept_or_a_beginning():
     ]  # fmt: skip
     assert counts == {"kept": 1, "prefix_only": 1, "left_out": 1, "wrong": 3, "unended": 2, "mostly_student": 1}
     assert [r["id"] for r in choose(rows, TraceConfig(prefix_tokens=0))[0]] == ["a"]
+    # A beginning is never the whole of a wrong answer, nor has it its end.
+    whole = TraceConfig(prefix_tokens=128)
+    assert [r["completion_ids"] for r in choose([row("b", 7, correct=False)], whole)[0]] == [[0, 1, 2]]
+    assert choose([row("b", 1, correct=False)], whole)[1]["left_out"] == 1
     for settings, words in (({"n": 0}, "n = 0"), ({"max_student_share": 2}, "max_student_share = 2")):
         with pytest.raises(ConfigError, match=words):
             TraceConfig(**settings)
@@ -134,3 +138,45 @@ def test_a_teacher_that_knows_tokens_by_other_numbers():
     mapped = reverse_speculative_decode(Policy(renamed, ids=swap), student, prompts, config, 0)
     assert [t.completion_ids for t in mapped] == [t.completion_ids for t in plain]
     assert any({7, 9} & set(t.completion_ids) for t in plain)
+
+
+def test_an_empty_prompt_costs_the_others_nothing(tmp_path):
+    model, tokenizer = tiny_llama(vocab_size=len(byte_level_tokenizer())), byte_level_tokenizer()
+    problems = [{"id": f"p{i}", "prompt": text, "answer": "1"} for i, text in enumerate(["one", "", "two"])]
+    policies = Policy(model), Policy(model)
+    settings = RSDConfig(max_new_tokens=5), TraceConfig(n=2, batch_size=3)
+    counts = trace_problems(*policies, tokenizer, problems, tmp_path / "t.jsonl", tmp_path / "k.jsonl", *settings)
+    assert counts["empty_prompt"] == 2 and counts["rows"] == 6
+    assert {r["id"] for r in read_records(tmp_path / "t.jsonl") if not r["completion_ids"]} == {"p1"}
+    small = Policy(tiny_llama(vocab_size=40))
+    with pytest.raises(RecordError, match="problem 'p0': its prompt has id .*, the models know 40"):
+        trace_problems(small, small, tokenizer, problems[:1], tmp_path / "a.jsonl", tmp_path / "b.jsonl", *settings)
+
+
+def test_interrupted_and_started_again_the_traces_are_the_same(tmp_path, monkeypatch):
+    from align import trace as module
+
+    model, tokenizer = tiny_llama(vocab_size=len(byte_level_tokenizer())), byte_level_tokenizer()
+    problems = [{"id": f"p{i}", "prompt": f"what is {i}", "answer": "1"} for i in range(6)]
+    settings = RSDConfig(max_new_tokens=5), TraceConfig(n=2, batch_size=3)
+
+    def run(name: str) -> list[dict]:
+        policies = Policy(model), Policy(model)
+        trace_problems(
+            *policies, tokenizer, problems, tmp_path / f"{name}.jsonl", tmp_path / f"{name}-k.jsonl", *settings
+        )
+        return read_records(tmp_path / f"{name}.jsonl")
+
+    whole, calls, draw = run("whole"), [], reverse_speculative_decode
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    monkeypatch.setattr(module, "reverse_speculative_decode", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts")
+    assert not (tmp_path / "parts.jsonl").exists()
+    assert run("parts") == whole and len(calls) == 3 + 2  # two of four batches were done

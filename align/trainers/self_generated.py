@@ -8,6 +8,7 @@ collator and everything after are TRL's.
 from __future__ import annotations
 
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from trl import SFTConfig, SFTTrainer
 
 from ..contexts import MixedRow, OwnTokens, draw_contexts, mixed_row
-from ..errors import ConfigError, RecordFileError
+from ..errors import ConfigError, RecordError, RecordFileError
 from ..mix import IGNORED, Example, epsilon_at
 from ..models import keep_trainable
 from ..rac import CorrectionSettings, draw_corrections
@@ -175,6 +176,8 @@ class SelfGeneratedTrainer(SFTTrainer, ABC):
         # One more than is needed: where that is an epoch's last, the loader is at its end, and says so to whoever gathers
         # metrics, only when it has been asked for another.
         batches = self._held + list(islice(self._iterator, wanted + 1 - len(self._held)))
+        if self.accelerator.gradient_state.end_of_dataloader:
+            batches += islice(self._iterator, 1)  # the one more was the last: there is none, and now the loader knows
         batches, self._held = batches[:wanted], batches[wanted:]
         places = [self._places(first, number, batch) for number, batch in enumerate(batches)]
         mine = [place for of_batch in places for place in of_batch]
@@ -194,6 +197,11 @@ class SelfGeneratedTrainer(SFTTrainer, ABC):
         places = []
         for row, mask in enumerate(batch["attention_mask"].bool()):
             source = Example(*(batch[name][row][mask].tolist() for name in ("input_ids", "labels")))
+            if any(label not in (IGNORED, token) for token, label in zip(source.input_ids, source.labels, strict=True)):
+                raise RecordError(
+                    f"update {first + step}: an example has labels that are not its ids, as rows of `align mix` do; "
+                    f"{type(self).__name__} draws its own contexts from ground truth: give it that, or train with SFTTrainer"
+                )
             places.append(Place(first + step, process * self.args.per_device_train_batch_size + row, source))
         return places
 
@@ -219,6 +227,9 @@ class SelfGeneratedTrainer(SFTTrainer, ABC):
         self._metrics["train"]["refresh_seconds"].append(time.perf_counter() - start)
         if self.accelerator.is_main_process and self.args.contexts_limit != 0:
             folder = Path(self.args.output_dir) / "contexts"
+            for path in folder.glob("step-*.jsonl"):  # of an earlier run in this folder
+                if path.stem >= f"step-{places[0].step:08d}":
+                    path.unlink()
             write_records(folder / f"step-{places[0].step:08d}.jsonl", records)
             if self.args.contexts_limit is not None:
                 for path in sorted(folder.glob("step-*.jsonl"))[: -self.args.contexts_limit]:
@@ -237,10 +248,15 @@ class SelfGeneratedTrainer(SFTTrainer, ABC):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        try:
-            self._stored = read_records(Path(checkpoint) / CONTEXTS_FILE)
-        except RecordFileError:
-            self.accelerator.print(f"align: {checkpoint} has no {CONTEXTS_FILE}; contexts are drawn anew")
+        found: list[list[Record] | None] = [None]
+        if self.accelerator.is_main_process:  # who wrote it; another machine may not see the file
+            try:
+                found = [read_records(Path(checkpoint) / CONTEXTS_FILE)]
+            except RecordFileError:
+                self.accelerator.print(f"align: {checkpoint} has no {CONTEXTS_FILE}; contexts are drawn anew")
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        self._stored = found[0] or []
 
     def _share(self, number: int) -> bool:
         """Whether a numbered batch is drawn in this process."""
@@ -252,6 +268,7 @@ class BASHTrainer(SelfGeneratedTrainer):
     TMLR 2025, arXiv 2410.14655). ε = 0 is TRL's `SFTTrainer`."""
 
     config_class = BASHConfig
+    _warned = False
 
     def draw(self, places: Sequence[Place]) -> list[Record]:
         args = self.args
@@ -266,6 +283,13 @@ class BASHTrainer(SelfGeneratedTrainer):
         )  # fmt: skip
         for index, context in gather_object(list(drawn.items())):
             rows[index].context = context
+        if all(IGNORED not in place.source.labels for place in places) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "every token is learned, prompts and the user's turns too, so own tokens stand there as well; give prompt and "
+                "completion, or assistant_only_loss=True, to have them in answers alone",
+                stacklevel=2,
+            )
         self._count(places, rows)
         return [{"input_ids": row.context, "labels": p.source.labels} for p, row in zip(places, rows, strict=True)]
 

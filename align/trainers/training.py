@@ -245,6 +245,8 @@ def _train(
     }
     if process.is_main_process:
         tokenizer.save_pretrained(working / "final")
+        if (working / "contexts").is_dir():
+            shutil.move(working / "contexts", working / "final" / "contexts")
         if settings["lora"] is not None:
             write_base_file(working / "final", trainer.model, fingerprint)
         trainer.create_model_card(model_name=out_dir.name)
