@@ -19,8 +19,10 @@ from statistics import fmean
 from typing import Annotated, Any
 
 import typer
+import yaml
 from tiny_methods import mean_and_half
 
+from align.rac import correction_report
 from align.records import read_records, write_records
 from align.report import markdown_table
 
@@ -119,14 +121,14 @@ def steps(text: str) -> list[str]:
 
 def judge(completion: str, solution: str) -> list[bool]:
     """Per step of the one right solution, whether the model's step is right given the count that its own steps led to: the same
-    event, the right decision, the right calculation from that count."""
+    event, the right decision, the right calculation from that count. Behind a step that is none, all are wrong."""
     mine, right = steps(completion), steps(solution)
     count, verdicts = None, []
     for number, wanted in enumerate(right):
-        given = re.fullmatch(r"(\w+): (\d+)([+-])(\d+)=(\d+)", mine[number]) if number < len(mine) else None
+        given = re.fullmatch(r"(\w+): (-?\d+)([+-])(-?\d+)=(-?\d+)", mine[number]) if number < len(mine) else None
         verb, left, operator, operand = re.fullmatch(r"(\w+): (\d+)([+-])(\d+)=\d+", wanted).groups()
         if given is None:
-            return [*verdicts, False]
+            return [*verdicts, *[False] * (len(right) - number)]
         start = int(left) if count is None else count
         operand = str(start) if verb == "doubles" else operand
         result = start + int(operand) if operator == "+" else start - int(operand)
@@ -139,7 +141,7 @@ def accumulation(path: Path, cue: str = "\nAnswer:") -> dict[str, dict[str, list
     """Right steps and all steps by position, after only right steps and after an error."""
     found: dict[str, dict[str, list[int]]] = {"after right steps": {}, "after an error": {}}
     solutions = {row["id"]: row["solution"] for row in read_records("data/tiny-arithmetic/test.jsonl")}
-    for row in read_records(path):
+    for row in read_records(path):  # behind the cue, where there is one: the correction
         verdicts = judge(row["completion"].rpartition(cue)[2], solutions[row["id"]])
         for number, right in enumerate(verdicts):
             before = "after right steps" if all(verdicts[:number]) else "after an error"
@@ -159,6 +161,17 @@ def pooled(curves: list[dict]) -> dict[str, dict[str, list[int]]]:
     return whole
 
 
+def by_step(curves: list[dict]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Mean share of right steps over seeds, and half of its 95 % interval, where every seed has at least 10 such steps."""
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    for before, cells in curves[0].items():
+        for number in cells:
+            those = [curve.get(before, {}).get(number, [0, 0]) for curve in curves]
+            if min(n for _, n in those) >= 10:
+                found.setdefault(before, {})[number] = mean_and_half([100 * right / n for right, n in those])
+    return found
+
+
 def plot(curves: dict[str, dict], path: Path) -> None:
     import matplotlib
 
@@ -166,23 +179,13 @@ def plot(curves: dict[str, dict], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "align"
     import matplotlib.pyplot as plt
 
-    from align.evaluate import Z95
-
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.2), sharey=True)
     for axis, before in zip(axes, ("after right steps", "after an error"), strict=True):
         for shift, (method, curve) in enumerate(curves.items()):
             cells = sorted((int(number), *cell) for number, cell in curve.get(before, {}).items())
-            shares = [right / n for _, right, n in cells]
-            halves = [Z95 * (p * (1 - p) / n) ** 0.5 for p, (_, _, n) in zip(shares, cells, strict=True)]
             places = [number + 0.06 * (shift - len(curves) / 2) for number, _, _ in cells]
-            axis.errorbar(
-                places,
-                [100 * p for p in shares],
-                [100 * h for h in halves],
-                label=TITLES[method],
-                marker="o",
-                markersize=3,
-            )
+            shares, halves = [mean for _, mean, _ in cells], [half for _, _, half in cells]
+            axis.errorbar(places, shares, halves, label=TITLES[method], marker="o", markersize=3)
         axis.set(title=f"right steps {before}, %", xlabel="step")
         axis.set_xticks(range(1, 6))
         axis.grid(alpha=0.3)
@@ -208,7 +211,8 @@ def main(
         after = prefer(out / f"seed-{seed}-rac", seed, folder / "rac")
         values |= {f"rac-{method}": accuracy(after, method) for method in ("dpo", "cdpo")}
         curves = {m: accumulation(folder / "test" / f"{m}-verdicts.jsonl") for m in ("base", *LEARNERS)}
-        return {"values": values, "curves": curves, "corrections": summary["scores"]["rac"]["corrections"]}
+        corrections = correction_report(read_records(folder / "test" / "rac-verdicts.jsonl"), "\nAnswer:")
+        return {"values": values, "curves": curves, "corrections": corrections}
 
     with ThreadPoolExecutor(jobs) as pool:
         best, grid = choose(out, pool)
@@ -230,10 +234,11 @@ def main(
         differences[f"{method} - {other}"] = {"mean": mean, "half": half}
         print(f"{method} - {other}: {mean:+.1f} ± {half:.1f}")
     curves = {method: pooled([run["curves"][method] for run in runs]) for method in ("base", *LEARNERS)}
+    shares = {method: by_step([run["curves"][method] for run in runs]) for method in ("base", *LEARNERS)}
     corrections = {key: fmean(run["corrections"][key] for run in runs) for key in runs[0]["corrections"]}
     print(json.dumps(curves), json.dumps(corrections), sep="\n")
     if plot_path:
-        plot({method: curves[method] for method in ("base", "sft", "bash", "bash_autoregressive")}, plot_path)
+        plot({method: shares[method] for method in ("base", "sft", "bash", "bash_autoregressive")}, plot_path)
     if json_path:
         hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}"
         result = {
@@ -241,11 +246,13 @@ def main(
             "hardware": hardware,
             "accuracy": values,
             "settings": best,
+            "other settings": yaml.safe_load(Path("benchmarks/own_tokens.yaml").read_text())["methods"],
             "grid on held-out problems": grid,
         }
         result |= {
             "differences": differences,
             "right steps and all steps by position": curves,
+            "share of right steps by position, mean and half of its interval": shares,
             "corrections": corrections,
         }
         json_path.parent.mkdir(parents=True, exist_ok=True)

@@ -105,6 +105,24 @@ def test_two_processes_run_the_chain_that_one_runs(tmp_path):
             assert row[column] == pytest.approx(other[column], rel=1e-3, abs=1e-4)
 
 
+def test_two_processes_draw_the_traces_of_one(tmp_path):
+    """Each draws a share of the batches; one of them chooses, and selects."""
+    model = "data/tiny-arithmetic/model"
+    for processes in (1, 2):
+        out, kept, selected = (str(tmp_path / f"{name}-{processes}.jsonl") for name in ("traces", "kept", "selected"))
+        flags = ["--limit", "8", "--n", "2", "--max-new-tokens", "60", "--batch-size", "4", "--prefix-tokens", "20"]
+        models = ["--teacher", model, "--student", model, "--dtype", "float32"]
+        command = ["-m", "align", "trace", "data/tiny-arithmetic/train.jsonl", out, "--kept", kept, *models, *flags]
+        assert launch(processes, *command, port=29640 + processes).count('"tokens_per_teacher_pass"') == 1
+        rule = ["--model", model, "--dtype", "float32", "--rule", "rsr", "--keep-per-problem", "1"]
+        launch(processes, "-m", "align", "select", out, selected, *rule, port=29650 + processes)
+    for name in ("traces", "kept"):
+        one, two = ((tmp_path / f"{name}-{processes}.jsonl").read_bytes() for processes in (1, 2))
+        assert one == two and one
+    one, two = (read_records(tmp_path / f"selected-{processes}.jsonl") for processes in (1, 2))
+    assert [row["completion_ids"] for row in one] == [row["completion_ids"] for row in two]
+
+
 def test_a_process_alone_that_was_launched_to_share_is_refused(tmp_path, monkeypatch):
     args = TokenDPOConfig(str(tmp_path), bf16=False, use_cpu=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
