@@ -77,6 +77,7 @@ def rows(count: int, prompt: tuple[int, int], completion: tuple[int, int], vocab
 
 def main(
     model: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(MODELS)}.")] = None,
+    trainer: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(KINDS)}; SFT is always there.")] = None,
     prompt: tuple[int, int] = (64, 192),
     completion: tuple[int, int] = (64, 192),
     batch: int = 4,
@@ -88,8 +89,9 @@ def main(
 ) -> None:
     """Times all of them and prints the table."""
     results = []
+    kinds = {kind: KINDS[kind] for kind in dict.fromkeys(["SFT", *(trainer or KINDS)])}
     for name in model or ["small, V=400", "small, V=32k, LoRA"]:
-        results += compare(name, prompt, completion, batch, refresh_steps, epsilon, windows, device)
+        results += compare(name, prompt, completion, batch, refresh_steps, epsilon, windows, device, kinds)
     shown = [{k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()} for row in results]
     print(markdown_table(shown))
     if json_path:
@@ -113,19 +115,20 @@ def compare(
     epsilon: float,
     windows: int,
     device: str,
+    kinds: dict[str, tuple],
 ) -> list[dict[str, Any]]:
     """All of them on one model, a window at a time."""
     spec, tokenizer = MODELS[name], AutoTokenizer.from_pretrained("data/tiny-arithmetic/model")
     data = rows(batch * refresh_steps, prompt, completion, len(tokenizer))
     trainers = {}
-    for kind, (cls, config, own) in KINDS.items():
+    for kind, (cls, config, own) in kinds.items():
         if config is BASHConfig:
             own = own | {"epsilon": epsilon, "refresh_steps": refresh_steps}
         elif config is RACConfig:
             own = own | {"max_new_tokens": completion[1], "refresh_steps": refresh_steps}
         args = config(
             tempfile.mkdtemp(), per_device_train_batch_size=batch, max_steps=refresh_steps, bf16=device != "cpu",
-            use_cpu=device == "cpu", report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=refresh_steps,
+            use_cpu=device == "cpu", report_to="none", save_strategy="no", disable_tqdm=True, completion_only_loss=True, logging_steps=refresh_steps,
             gradient_checkpointing=spec.get("checkpointing", False), max_length=None, learning_rate=1e-5, **own,
         )  # fmt: skip
         lora = LoraConfig(task_type="CAUSAL_LM", **LORA) if spec.get("lora") else None
