@@ -187,3 +187,14 @@ def test_the_speed_of_a_step_is_quoted_as_measured():
         assert f"| {row['prompt']:,} | {row['trl']:.2f} | {row['ours']:.2f} | {row['ratio']:.1f} |" in README, row[
             "prompt"
         ]
+
+
+def test_what_drawing_adds_is_quoted_as_measured():
+    rows = json.loads((ROOT / "benchmarks/results/own_tokens_step.json").read_text())["results"]
+    for row in rows:
+        cells = [f"{row['seconds per step']:.2f}", format(row["over SFT's"], ".2f")]
+        if row["tokens drawn"]:
+            cells += [f"{row['refresh, seconds']:.1f}", f"{row['tokens drawn per second of refresh']:,.0f}"]
+        assert f"| {row['trainer']} | {' | '.join(cells)} |" in README, row["trainer"]
+    (parallel,) = (row["over SFT's"] for row in rows if row["trainer"] == "BASH, parallel")
+    assert parallel <= 1.4
