@@ -162,12 +162,12 @@ def pooled(curves: list[dict]) -> dict[str, dict[str, list[int]]]:
 
 
 def by_step(curves: list[dict]) -> dict[str, dict[str, tuple[float, float]]]:
-    """Mean share of right steps over seeds, and half of its 95 % interval, where every seed has at least 10 such steps."""
+    """Mean share of right steps over seeds, and half of its 95 % interval, where every seed has at least 3 such steps."""
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for before, cells in curves[0].items():
         for number in cells:
             those = [curve.get(before, {}).get(number, [0, 0]) for curve in curves]
-            if min(n for _, n in those) >= 10:
+            if min(n for _, n in those) >= 3:
                 found.setdefault(before, {})[number] = mean_and_half([100 * right / n for right, n in those])
     return found
 

@@ -198,3 +198,20 @@ def test_what_drawing_adds_is_quoted_as_measured():
         assert f"| {row['trainer']} | {' | '.join(cells)} |" in README, row["trainer"]
     (parallel,) = (row["over SFT's"] for row in rows if row["trainer"] == "BASH, parallel")
     assert parallel <= 1.4
+
+
+def test_own_tokens_are_quoted_as_measured():
+    result = json.loads((ROOT / "benchmarks/results/own_tokens.json").read_text())
+    assert len(result["accuracy"]) == 7 and result["seeds"] == 5
+    for method, values in result["accuracy"].items():
+        assert len(values) == 5 and f"| {sum(values) / 5:.1f} ± " in README, method
+    for name, difference in result["differences"].items():
+        if name not in ("rac-dpo - sft", "rac-cdpo - sft"):
+            assert difference["mean"] < 0
+            assert f"{-difference['mean']:.1f} ± {difference['half']:.1f}" in README, name
+    for method in ("base", "sft", "bash", "bash_autoregressive"):
+        cells = result["right steps and all steps by position"][method]["after an error"].values()
+        right, steps = sum(cell[0] for cell in cells), sum(cell[1] for cell in cells)
+        assert f"{100 * right / steps:.1f} % of {steps:,}" in README, method
+    before = result["corrections"]["unanswered_before"] * result["corrections"]["corrected"]
+    assert f"{100 * before:.1f} % of its completions the cue stands before any answer" in README.replace("\n", " ")
