@@ -30,7 +30,8 @@ class Method:
         title: what the table calls it.
         trainer: a key of `align.trainers.training.SFT_TRAINERS` or `PREFERENCE_TRAINERS`.
         scores: where its token-level columns come from; `None` where it learns from demonstrations.
-        learns: a key of `LEARNS`, where it learns from demonstrations.
+        learns: where it learns from demonstrations, from which: `demonstrations`, as the section of that name says; `teacher`, its
+            samples; `traces`, the shortest right RSD trace of a problem; or those that a rule of `align select` ranks first.
     """
 
     title: str
@@ -60,10 +61,6 @@ METHODS = {
 
 #: What methods that learn from demonstrations learn from: right solutions that were sampled, or the problems' own.
 DEMONSTRATIONS = {"positive": " on the positive set", "solutions": ""}
-
-#: What there is to learn from: demonstrations as the section of that name says; a teacher's samples; RSD traces, the shortest right
-#: one of a problem; or those that a rule of `align select` ranks first.
-LEARNS = ("demonstrations", "teacher", "traces", *RULES)
 
 #: Settings of sampling that rollouts take over.
 DRAWN = ("temperature", "top_p", "top_k", "max_new_tokens", "stop")

@@ -137,7 +137,7 @@ class Chain:
         return {"sample": sampled, "verify": verified, "pair": paired}
 
     def _demonstrations(self, learns: str, counts: dict[str, Any]) -> Path:
-        """What a method learns from: a key of `LEARNS`."""
+        """What a method learns from, see `align.config.Method`."""
         if learns != "demonstrations":
             from .teaching import Teaching
 

@@ -112,7 +112,7 @@ def debiased_means(means: Sequence[float], shares: Sequence[float]) -> list[floa
 
 def first_of_steps(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], separator: str) -> list[bool]:
     """Per token, whether a step begins with it: the first of all, and each behind a separator."""
-    from .report import token_texts
+    from .token_texts import token_texts
 
     texts = token_texts(tokenizer, ids)
     starts, place = [], 0
@@ -144,6 +144,27 @@ def token_ranks(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         ranks = 1 + (rows > own).sum(1)
         pairs.append(torch.stack([own[:, 0] - rows.logsumexp(1), ranks.float()], 1))
     return torch.cat(pairs)
+
+
+def good_traces(
+    rows: Sequence[Record], max_student_share: float, only_correct: bool = True, only_ended: bool = True
+) -> tuple[list[Record], dict[str, int]]:
+    """Traces that are right, have ended, and are not mostly the student's; samples count as wholly the teacher's.
+
+    Returns:
+        The rows, and of the others how many are `wrong`, `unended`, `mostly_student`; the first reason counts.
+    """
+    good, counts = [], dict.fromkeys(("wrong", "unended", "mostly_student"), 0)
+    for row in rows:
+        if only_correct and not row["correct"]:
+            counts["wrong"] += 1
+        elif only_ended and row.get("finish_reason", "stop") != "stop":
+            counts["unended"] += 1
+        elif row.get("student_share", 0.0) > max_student_share:
+            counts["mostly_student"] += 1
+        else:
+            good.append(row)
+    return good, counts
 
 
 def select_traces(
@@ -182,17 +203,7 @@ def select_traces(
     there = [row for row in traces if row.get("completion_ids")]
     for index, row in enumerate(there):
         check_row_ids(row, index, ("prompt_ids", "completion_ids"), vocab_size(student))
-    refused = dict.fromkeys(("wrong", "unended", "mostly_student"), 0)
-    right = []
-    for row in there:
-        if config.only_correct and not row["correct"]:
-            refused["wrong"] += 1
-        elif config.only_ended and row.get("finish_reason", "stop") != "stop":
-            refused["unended"] += 1
-        elif row.get("student_share", 0.0) > config.max_student_share:
-            refused["mostly_student"] += 1
-        else:
-            right.append(row)
+    right, refused = good_traces(there, config.max_student_share, config.only_correct, config.only_ended)
     if not right:
         raise RecordError(f"none of {len(traces)} traces can be kept: {len(there)} have tokens; refused: {refused}")
     scores_path = f"{out_path}.scores.jsonl" if scores_path is None else scores_path

@@ -15,11 +15,13 @@ from .records import read_records
 from .sample import SampleConfig, sample_completions, sample_settings
 from .select import select_settings, select_traces
 from .stages import file_hash, is_complete, read_manifest, records_hash, write_chosen
-from .trace import choose, good_traces, load_policies, trace_problems, trace_settings
+from .trace import choose, load_policies, trace_problems, trace_settings
 from .verify import verify
 from .vocabulary import never_ids, shared_ids
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from .pipeline import Chain
 
 
@@ -43,15 +45,14 @@ class Teaching:
 
     def teacher(self) -> dict[str, Any]:
         """Arguments of `align.load_model`: of the teacher that is given, or of one that is trained now."""
-        from .models import load_tokenizer, model_identity
+        from .models import model_identity
         from .trainers.training import train_sft
 
         given = self.config.teacher
         if "path" in given:
             return given
         base, folder, path = given.get("model", self.config.model), self.out / "teacher", self.out / "teacher.jsonl"
-        tokenizer = load_tokenizer(base["path"], trust_remote_code=base.get("trust_remote_code", False))
-        problems = load_problems(**given.get("problems", self.config.train))
+        tokenizer, problems = self._tokenizer(base), load_problems(**given.get("problems", self.config.train))
         tokenize_demonstrations(problems, tokenizer, path, settings={"teacher": model_identity(base["path"])})
         training = {name: given[name] for name in ("args", "lora") if name in given}
         if trained := train_sft(base, read_records(path), folder, **training):
@@ -73,7 +74,7 @@ class Teaching:
 
     def samples(self) -> Path:
         """As many samples of the teacher as there are traces, drawn and chosen alike."""
-        from .models import load_model, load_tokenizer
+        from .models import load_model
 
         path, kept = self.out / "teacher-samples.jsonl", self.out / "teacher-kept.jsonl"
         teacher, rsd, tracing = self.teacher(), self.settings.rsd, self.settings.tracing
@@ -85,18 +86,14 @@ class Teaching:
         if is_complete(path, "sample", sample_settings(problems, config, identity)):
             self.counts["teacher samples"] = read_manifest(path)["counts"]
         else:
-            tokenizers = [
-                load_tokenizer(m["path"], trust_remote_code=m.get("trust_remote_code", False))
-                for m in (teacher, self.config.model)
-            ]
-            if shared_ids(*tokenizers, self.config.special_tokens, self.config.never):
+            tokenizer = self.chain.tokenizer()
+            if shared_ids(self._tokenizer(teacher), tokenizer, self.config.special_tokens, self.config.never):
                 raise ConfigError(
                     "methods.teacher_samples: the teacher's samples cannot be learned from as they are, since it has special "
                     "tokens under other ids (special_tokens); leave the method out"
                 )
-            # The ids are the same; prompts are put as the student will meet them, and as traces have them.
-            tokenizer = tokenizers[1]
             model = load_model(**teacher)
+            # The ids are the same; prompts are put as the student will meet them, and as traces have them.
             self.counts["teacher samples"] = sample_completions(model, tokenizer, problems, path, config, identity)
             del model
             gc.collect()
@@ -105,19 +102,17 @@ class Teaching:
         depends = {**sample_settings(problems, config, identity), "prefix_tokens": tracing.prefix_tokens}
         if not is_complete(kept, "teacher kept", depends):
             rows = read_records(verdicts)
-            never = set(never_ids(self.chain.tokenizer(), self.config.never)) | self._beyond(teacher)
+            never = set(never_ids(self._tokenizer(teacher), self.config.never))
             known = [row for row in rows if never.isdisjoint(row["completion_ids"])]
             chosen, counts = choose(known, tracing)
             write_chosen(kept, chosen, "teacher kept", depends, counts | {"unknown_to_student": len(rows) - len(known)})
         self.counts["teacher samples"] |= read_manifest(kept)["counts"]
         return kept
 
-    def _beyond(self, teacher: Mapping[str, Any]) -> set[int]:
-        """Ids of tokens that only the teacher has."""
+    def _tokenizer(self, model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         from .models import load_tokenizer
 
-        tokenizer = load_tokenizer(teacher["path"], trust_remote_code=teacher.get("trust_remote_code", False))
-        return set(never_ids(tokenizer, self.config.never))
+        return load_tokenizer(model["path"], trust_remote_code=model.get("trust_remote_code", False))
 
     def traces(self) -> Path:
         """RSD traces, the shortest good one of each problem."""
@@ -141,10 +136,8 @@ class Teaching:
         are where the shortest is taken, so that rules differ in nothing but what they choose."""
         fallback = [row for row in read_records(self.traces()) if row["prefix_only"]]
         path = self._select(rule)
-        out, depends = (
-            self.out / f"demonstrations-{rule}.jsonl",
-            {"selected": file_hash(path), "fallback": records_hash(fallback)},
-        )
+        out = self.out / f"demonstrations-{rule}.jsonl"
+        depends = {"selected": file_hash(path), "fallback": records_hash(fallback)}
         if not is_complete(out, "selected and beginnings", depends):
             rows = [*read_records(path), *fallback]
             write_chosen(
@@ -155,8 +148,7 @@ class Teaching:
     def _select(self, rule: str) -> Path:
         """What a rule keeps of the good traces."""
         path, config = self.out / f"selected-{rule}.jsonl", self.settings.selecting[rule]
-        rows, _ = good_traces(read_records(self.out / "traces.jsonl"), self.settings.tracing)
-        identity = self.chain.identity()
+        rows, identity = read_records(self.out / "traces.jsonl"), self.chain.identity()
         if is_complete(path, "select", select_settings(rows, config, identity)):
             self.counts[f"select {rule}"] = read_manifest(path)["counts"]
             return path

@@ -13,6 +13,7 @@ from .errors import ConfigError, RecordError
 from .records import Record, check_records, read_records
 from .rsd import TEACHER, RSDConfig, Trace, reverse_speculative_decode
 from .sample import end_token_ids
+from .select import good_traces
 from .stages import records_hash, run_in_parts, write_chosen
 from .tokens import decode_completion, encode_prompt
 from .verify import verify_completion
@@ -218,33 +219,14 @@ def _encode(tokenizer: PreTrainedTokenizerBase, problem: Record) -> list[int]:
     return encode_prompt(tokenizer, prompt, f"problem {problem['id']!r}")
 
 
-def good_traces(rows: Sequence[Record], config: TraceConfig) -> tuple[list[Record], dict[str, int]]:
-    """Traces that are right, have ended, and are not mostly the student's; samples count as wholly the teacher's.
-
-    Returns:
-        The rows, and of the others how many are `wrong`, `unended`, `mostly_student`; the first reason counts.
-    """
-    good, counts = [], dict.fromkeys(("wrong", "unended", "mostly_student"), 0)
-    for row in rows:
-        if not row["correct"]:
-            counts["wrong"] += 1
-        elif row["finish_reason"] != "stop":
-            counts["unended"] += 1
-        elif row.get("student_share", 0.0) > config.max_student_share:
-            counts["mostly_student"] += 1
-        else:
-            good.append(row)
-    return good, counts
-
-
 def choose(rows: Sequence[Record], config: TraceConfig) -> tuple[list[Record], dict[str, int]]:
     """Of every problem the shortest of its good traces; of those without one, a beginning.
 
     Returns:
         Demonstration records, `prefix_only` true for a beginning, and counts: `kept`, `prefix_only`, `left_out`, and those of
-        `good_traces`.
+        `align.select.good_traces`.
     """
-    good, refused = good_traces(rows, config)
+    good, refused = good_traces(rows, config.max_student_share)
     counts = dict.fromkeys(("kept", "prefix_only", "left_out"), 0) | refused
     of_problem: dict[str, list[Record]] = defaultdict(list)
     for row in good:

@@ -127,6 +127,7 @@ def test_the_recipe(tmp_path, method):
     assert summary["counts"]["demonstrations"]["rows"] == 40 and "sample" not in summary["counts"]
     assert ("corrections" in summary["scores"][method]) == (method == "rac")
     assert not (tmp_path / "run" / "samples.jsonl").exists()
+    assert list((tmp_path / "run" / method / "contexts").glob("step-*.jsonl"))  # they stay to be looked at
     again = python(*command).stdout
     assert "train_loss" in printed and "train_loss" not in again and printed.endswith(again)  # nothing is done twice
 

@@ -129,6 +129,23 @@ def test_mistakes_in_a_configuration_are_named(tmp_path):
     )  # an alias in the file
 
 
+def test_the_chain_behind_rac_is_understood(tmp_path):
+    """The command that recipes/rac.py documents, but for the model, which is the run before."""
+    import re
+
+    flags = re.findall(r"--set (\S+)", (ROOT / "recipes/rac.py").read_text().split("import sys")[0])
+    assert "sample.max_new_tokens=160" in flags and "model.path=runs/rac/rac" in flags
+    settings = Chain(read_config(TINY, flags), tmp_path).settings
+    rac = read_config(ROOT / "recipes/configs/rac/tiny-arithmetic.yaml")
+    assert settings.sampling.max_new_tokens == settings.testing.max_new_tokens == rac.evaluate["max_new_tokens"]
+
+
+def test_braces_of_a_template_are_plain_text():
+    """It is no format string: `{{}}` would reach the model as it is."""
+    for path in CONFIGS:
+        assert "{{" not in path.read_text(), path
+
+
 def test_rollouts_are_drawn_as_solutions_are(tmp_path):
     settings = Chain(
         read_config(TINY, ["sample.temperature=0.7", "sample.stop=[x]", "rollout={n: 5}"]), tmp_path

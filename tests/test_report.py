@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from align.errors import AlignError, ConfigError, MissingColumnError, RecordError, RecordFileError
-from align.report import TRACE_COLUMNS, histogram, inspect_pairs, inspect_traces, markdown_table, token_texts
+from align.report import TRACE_COLUMNS, histogram, inspect_pairs, inspect_traces, markdown_table
+from align.token_texts import token_texts
 
 TOKENIZER = byte_level_tokenizer()
 HOSTILE = "</script><img src=x onerror=alert(1)> & <!-- \u2028 https://example.org/x.js"

@@ -268,7 +268,6 @@ class BASHTrainer(SelfGeneratedTrainer):
     TMLR 2025, arXiv 2410.14655). ε = 0 is TRL's `SFTTrainer`."""
 
     config_class = BASHConfig
-    _warned = False
 
     def draw(self, places: Sequence[Place]) -> list[Record]:
         args = self.args
@@ -283,8 +282,7 @@ class BASHTrainer(SelfGeneratedTrainer):
         )  # fmt: skip
         for index, context in gather_object(list(drawn.items())):
             rows[index].context = context
-        if all(IGNORED not in place.source.labels for place in places) and not self._warned:
-            self._warned = True
+        if all(IGNORED not in place.source.labels for place in places):
             warnings.warn(
                 "every token is learned, prompts and the user's turns too, so own tokens stand there as well; give prompt and "
                 "completion, or assistant_only_loss=True, to have them in answers alone",
