@@ -215,3 +215,22 @@ def test_own_tokens_are_quoted_as_measured():
         assert f"{100 * right / steps:.1f} % of {steps:,}" in README, method
     before = result["corrections"]["unanswered_before"] * result["corrections"]["corrected"]
     assert f"{100 * before:.1f} % of its completions the cue stands before any answer" in README.replace("\n", " ")
+
+
+def test_the_speed_of_traces_is_quoted_as_measured():
+    results = json.loads((ROOT / "benchmarks/results/rsd_speed_cpu.json").read_text())["results"]
+    cells: dict[tuple, dict[int, dict]] = {}
+    for row in results:
+        cells.setdefault((row["teacher layers"], row["batch"]), {})[row["lookahead"]] = row
+    assert len(cells) == 8
+    for (layers, batch), rows in cells.items():
+        best, plain = max(rows.values(), key=lambda row: row["over lookahead 0"]), rows[0]
+        shown = [
+            layers, batch, f"{plain['teacher / student']:.1f}", f"{100 * plain['drafts accepted']:.0f} %", f"{plain['tokens per second']:.1f}",
+            f"{best['tokens per second']:.1f} (γ = {best['lookahead']})", f"{best['over lookahead 0']:.2f}",
+            f"{max(row['bound'] for row in rows.values()):.2f}",
+        ]  # fmt: skip
+        assert f"| {' | '.join(map(str, shown))} |" in README, (layers, batch)
+    one, eight = ({ahead: row["tokens per second"] for ahead, row in cells[36, batch].items()} for batch in (1, 8))
+    assert f"{eight[0] / one[0]:.1f} times one (36 layers, γ = 0), {eight[4] / one[4]:.1f} at γ = 4" in README
+    assert f"and {max(eight.values()) / max(one.values()):.1f} with the best γ of each" in README
