@@ -36,6 +36,9 @@ REQUIRED = {
 #: Token-level columns, without their `chosen_` / `rejected_` prefix.
 TOKEN_COLUMNS = ("ce_scores", "guidance_logratios", "ref_logps", "weights", "entropies", "rollout_values")
 
+#: Those of them that lie in [0, 1].
+PROBABILITIES = ("ce_scores", "rollout_values")
+
 _ID_COLUMNS = ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids")
 #: Rows of a group of a Parquet file.
 ROWS_PER_GROUP = 10_000
@@ -288,7 +291,7 @@ def check_token_columns(row: Mapping[str, Any], name: str, columns: Sequence[str
                     raise RecordError(
                         f"{name}: {full}[{position}] = {value!r} is no finite number; remove or mend the row"
                     )
-                if column in ("ce_scores", "rollout_values") and not 0.0 <= value <= 1.0:
+                if column in PROBABILITIES and not 0.0 <= value <= 1.0:
                     raise RecordError(
                         f"{name}: {full}[{position}] = {value!r} is no probability; {column} lie in [0, 1]"
                     )
