@@ -90,9 +90,8 @@ def score_stage(
                 f"pairs, row {index} (id {pair['id']!r}): has {', '.join(present)} already, which {stage} would replace; "
                 "remove or rename them"
             )
-        completions = [len(pair[f"{side}_ids"]) for side in SIDES]
-        lengths.append(len(pair["prompt_ids"]) + max(completions))
-        tokens.append(sum(completions))
+        lengths.append(pair_length(pair))
+        tokens.append(sum(len(pair[f"{side}_ids"]) for side in SIDES))
     kept = [index for index, length in enumerate(lengths) if max_length is None or length <= max_length]
     if not kept:
         raise RecordError(f"none of the {len(pairs)} pairs fits max_length = {max_length}; raise it or check the pairs")
@@ -121,3 +120,8 @@ def score_stage(
 def score_settings(pairs: Sequence[Record], max_length: int | None, settings: dict[str, Any]) -> dict[str, Any]:
     """What a scoring stage's output depends on; with it `stages.is_complete` tells whether there is work left."""
     return {**settings, "pairs": records_hash(pairs), "max_length": max_length}
+
+
+def pair_length(pair: Record) -> int:
+    """Tokens of a pair's prompt and its longer completion."""
+    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))

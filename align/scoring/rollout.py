@@ -24,7 +24,7 @@ from ..records import Record, check_records, row_name
 from ..sample import SampleConfig, derived_seed
 from ..tokens import decode_completion
 from ..verify import verify_completion
-from .pairs import SIDES, score_stage
+from .pairs import SIDES, pair_length, score_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -164,15 +164,14 @@ def roll_out(
 
 def _check_budget(completions: Iterable[tuple[str, Sequence[int]]], config: RolloutConfig) -> None:
     """Raises ConfigError where a completion (its name, its ids) is longer than continuations may get."""
-    longest, first = 0, None
+    longest, over = 0, None
     for name, ids in completions:
         longest = max(longest, len(ids))
-        if first is None and len(ids) > config.max_new_tokens:
-            first = f"{name} has {len(ids)} tokens"
-    if first is not None:
+        over = over or (f"{name} has {len(ids)} tokens" if len(ids) > config.max_new_tokens else None)
+    if over:
         raise ConfigError(
-            f"{first}, more than max_new_tokens = {config.max_new_tokens}; its continuations "
-            f"would be cut before they end. Set max_new_tokens to {longest} or more, or leave out long rows"
+            f"{over}, more than max_new_tokens = {config.max_new_tokens}; its continuations would be cut before they end. "
+            f"Set max_new_tokens to {longest} or more, or leave out long rows"
         )
 
 
@@ -344,12 +343,8 @@ def score_rollout(
             )
     check_records(pairs, "pair", source="pairs")
     sides = SIDES if config.weight_chosen else SIDES[1:]
-    named = (
-        (f"pairs, {row_name(pair, i)}: {side}", pair[f"{side}_ids"])
-        for i, pair in enumerate(pairs)
-        for side in sides
-        if max_length is None or len(pair["prompt_ids"]) + max(len(pair[f"{s}_ids"]) for s in SIDES) <= max_length
-    )
+    those = ((i, pair) for i, pair in enumerate(pairs) if max_length is None or pair_length(pair) <= max_length)
+    named = ((f"pairs, {row_name(p, i)}: {side}", p[f"{side}_ids"]) for i, p in those for side in sides)
     _check_budget(named, config)
 
     def compute(number: int, part: list[Record]) -> list[Record]:
@@ -372,13 +367,12 @@ def score_rollout(
 
     def finish(rows: Sequence[Record]) -> Iterator[Record]:
         for row in rows:
-            for numbers in row.pop("_drawn"):
-                drawn[:] = [total + number for total, number in zip(drawn, numbers, strict=True)]
+            drawn[:] = map(sum, zip(drawn, *row.pop("_drawn"), strict=True))
             yield row
 
     def count(rows: Sequence[Record]) -> dict[str, Any]:
-        forward, independent, cut = drawn
-        return _count(rows, config) | {"cut": cut, "forward_tokens": round(forward), "independent_tokens": independent}
+        costs = {"forward_tokens": round(drawn[0]), "independent_tokens": drawn[1], "cut": drawn[2]}
+        return _count(rows, config) | costs
 
     return score_stage(
         pairs, out_path, compute, model=model, max_length=max_length, stage="score rollout",
@@ -393,16 +387,13 @@ def rollout_settings(config: RolloutConfig, settings: dict[str, Any] | None) -> 
 
 
 def _count(rows: Sequence[Record], config: RolloutConfig) -> dict[str, Any]:
-    lost, found, both = 0, 0, []
-    for row in rows:
-        lost += row["prompt_value"] <= config.threshold
-        found += row["critical"] is not None
-        if row["critical"] is not None and row["critical_without"] is not None:
-            both.append({name: row[f"critical_{name}"] for name in ("with", "without")})
-    counts: dict[str, Any] = {"critical": found, "lost_from_start": lost}
+    lost = sum(row["prompt_value"] <= config.threshold for row in rows)
+    found = [(row["critical_with"], row["critical_without"]) for row in rows if row["critical"] is not None]
+    both = [drawn for drawn in found if drawn[1] is not None]
+    counts: dict[str, Any] = {"critical": len(found), "lost_from_start": lost}
     if config.ks:
-        counts["without_alternative"] = found - len(both)
+        counts["without_alternative"] = len(found) - len(both)
         for k in config.ks if both else ():
-            for name in ("with", "without"):
-                counts[f"pass@{k} {name}"] = fmean(pass_at_k(config.n, row[name], k) for row in both)
+            for place, name in enumerate(("with", "without")):
+                counts[f"pass@{k} {name}"] = fmean(pass_at_k(config.n, drawn[place], k) for drawn in both)
     return counts
