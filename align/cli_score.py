@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .checks import check_apart
 from .cli_common import (
     Adapter,
     Dtype,
@@ -52,6 +53,7 @@ def contrastive(
     from .records import read_records
     from .scoring.contrastive import score_contrastive
 
+    check_apart(pairs, out)
     rows = read_records(pairs, "pair")
     depends = identity(model, dtype, quantization, positive=positive, negative=negative)
     if _is_done(out, "contrastive", rows, max_length, {"beta": beta, **depends}):
@@ -84,6 +86,7 @@ def reference(
     from .records import read_records
     from .scoring.reference import score_reference
 
+    check_apart(pairs, out)
     rows = read_records(pairs, "pair")
     depends = identity(model, dtype, quantization, adapter=adapter)
     if _is_done(out, "reference", rows, max_length, depends):
@@ -115,6 +118,7 @@ def guidance(
     from .records import read_records
     from .scoring.guidance import load_guide, score_guidance
 
+    check_apart(pairs, out)
     rows = read_records(pairs, "pair")
     depends = identity(model, dtype, quantization, guide=guide)
     if _is_done(out, "guidance", rows, max_length, depends):
@@ -148,6 +152,7 @@ def entropy(
     from .records import read_records
     from .scoring.entropy import score_entropy
 
+    check_apart(pairs, out)
     rows = read_records(pairs, "pair")
     depends = identity(model, dtype, quantization, adapter=adapter)
     if _is_done(out, "entropy", rows, max_length, {"top": top, **depends}):
@@ -207,6 +212,7 @@ def rollout(
         n, search, threshold, rule, weight_chosen, tuple(k or ()), temperature, top_p, top_k, max_new_tokens, stops,
         seed, batch_size,
     )  # fmt: skip
+    check_apart(pairs, out)
     rows = read_records(pairs, "pair")
     depends = identity(model, dtype, quantization, adapter=adapter)
     if _is_done(out, "rollout", rows, max_length, rollout_settings(config, depends)):

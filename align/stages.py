@@ -50,7 +50,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
     """The manifest of the output `path`; `None` where there is none or it is not readable."""
     try:
         manifest = json.loads(manifest_path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return manifest if isinstance(manifest, dict) else None
 
@@ -89,6 +89,7 @@ def is_complete(path: str | os.PathLike, stage: str, settings: Mapping[str, Any]
         and manifest is not None
         and manifest.get("stage") == stage
         and manifest.get("settings") == _plain(settings)
+        and isinstance(manifest.get("counts"), dict)
     )
 
 
@@ -150,7 +151,12 @@ def run_in_parts(
         process.wait_for_everyone()
         if process.is_main_process:
             rows = [row for number in range(len(batches)) for row in read_records(parts / f"{number:06d}.jsonl")]
-            rows.sort(key=order)
+            try:
+                rows.sort(key=order)
+            except (KeyError, TypeError):
+                raise RecordFileError(
+                    f"{parts}: holds rows that this stage did not write; delete it and run again"
+                ) from None
             if finish is not None:
                 finish(rows)
             forget(path)
@@ -170,7 +176,7 @@ def _open_parts(parts: Path, stage: str, settings: Mapping[str, Any], batches: i
     header = parts / "settings.json"
     try:
         known = json.loads(header.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         known = None
     if known != wanted:
         if parts.exists():
