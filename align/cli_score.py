@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .checks import check_apart
 from .cli_common import (
     Adapter,
     Dtype,
@@ -55,6 +56,7 @@ def contrastive(
     from .record_file import RecordFile
     from .scoring.contrastive import score_contrastive
 
+    check_apart(pairs, out)
     rows = RecordFile(pairs, "pair")
     depends = identity(model, dtype, quantization, positive=positive, negative=negative)
     if _is_done(out, "contrastive", rows, max_length, {"beta": beta, **depends}):
@@ -87,6 +89,7 @@ def reference(
     from .record_file import RecordFile
     from .scoring.reference import score_reference
 
+    check_apart(pairs, out)
     rows = RecordFile(pairs, "pair")
     depends = identity(model, dtype, quantization, adapter=adapter)
     if _is_done(out, "reference", rows, max_length, depends):
@@ -118,6 +121,7 @@ def guidance(
     from .record_file import RecordFile
     from .scoring.guidance import load_guide, score_guidance
 
+    check_apart(pairs, out)
     rows = RecordFile(pairs, "pair")
     depends = identity(model, dtype, quantization, guide=guide)
     if _is_done(out, "guidance", rows, max_length, depends):
@@ -151,6 +155,7 @@ def entropy(
     from .record_file import RecordFile
     from .scoring.entropy import score_entropy
 
+    check_apart(pairs, out)
     rows = RecordFile(pairs, "pair")
     depends = identity(model, dtype, quantization, adapter=adapter)
     if _is_done(out, "entropy", rows, max_length, {"top": top, **depends}):
@@ -210,6 +215,7 @@ def rollout(
         n, search, threshold, rule, weight_chosen, tuple(k or ()), temperature, top_p, top_k, max_new_tokens, stops,
         seed, batch_size,
     )  # fmt: skip
+    check_apart(pairs, out)
     rows = RecordFile(pairs, "pair")
     depends = identity(model, dtype, quantization, adapter=adapter)
     if _is_done(out, "rollout", rows, max_length, rollout_settings(config, depends)):

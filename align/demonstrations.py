@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .errors import MissingColumnError, RecordError
+from .errors import ConfigError, MissingColumnError, RecordError
 from .problems import load_problems
-from .records import Record, read_records, row_name
+from .records import Record, check_records, read_records, row_name
 from .stages import records_hash, run_in_parts
 from .tokens import encode_completion, encode_prompt
 
@@ -84,8 +84,10 @@ def load_demonstrations(source: str, tokenizer: PreTrainedTokenizerBase, **optio
     if os.path.splitext(source)[1] in (".jsonl", ".parquet") and os.path.isfile(source):
         rows = read_records(source)
         if rows and "completion_ids" in rows[0]:
-            limit = options.get("limit")
-            return read_records(source, "demonstration")[:limit]
+            if (limit := options.get("limit")) is not None and limit < 1:
+                raise ConfigError(f"limit = {limit} must be at least 1")
+            check_records(rows, "demonstration", source=source)
+            return rows[:limit]
     problems = load_problems(source, **options)
     return [encode_demonstration(tokenizer, p, f"{source}, {row_name(p, index)}") for index, p in enumerate(problems)]
 

@@ -48,7 +48,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
     """The manifest of the output `path`; `None` where there is none or it is not readable."""
     try:
         manifest = json.loads(manifest_path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return manifest if isinstance(manifest, dict) else None
 
@@ -87,6 +87,7 @@ def is_complete(path: str | os.PathLike, stage: str, settings: Mapping[str, Any]
         and manifest is not None
         and manifest.get("stage") == stage
         and manifest.get("settings") == _plain(settings)
+        and isinstance(manifest.get("counts"), dict)
     )
 
 
@@ -166,7 +167,12 @@ def _merge(
 ) -> Sequence[Record]:
     """Writes `path` from the rows of its parts, and gives its rows; never more than one of them is in memory."""
     lines = JsonLines()
-    rows: Sequence[Record] = Sorted(lines, (order(row) for part in parts for row in lines.read(part)), take=order)
+    try:
+        rows: Sequence[Record] = Sorted(lines, (order(row) for part in parts for row in lines.read(part)), take=order)
+    except (KeyError, TypeError):
+        raise RecordFileError(
+            f"{path}.parts: holds rows that this stage did not write; delete it and run again"
+        ) from None
     last_words = rows if finish is None else finish(rows)
     if Path(path).suffix == ".parquet":  # its types depend on all rows, which are gone through twice
         merged = parts[0].with_name("merged.jsonl") if parts else Path(f"{path}.parts", "merged.jsonl")
@@ -194,7 +200,7 @@ def _open_parts(parts: Path, stage: str, settings: Mapping[str, Any], batches: i
     header = parts / "settings.json"
     try:
         known = json.loads(header.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         known = None
     if known != wanted:
         if parts.exists():

@@ -77,15 +77,21 @@ def _find_hash(text: str) -> str | None:
 
 
 def _find_boxed(text: str) -> str | None:
-    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*{", text))):
-        depth, start = 1, match.end()
-        for position in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                if inside := text[start:position].strip():
-                    return inside
-                break
-    return None
+    """The last box that is closed and holds something, braces balanced; found in one pass, however many boxes are left open."""
+    boxes = {match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*{", text)}
+    opened: list[int] = []
+    last, found = -1, None
+    for brace in re.finditer(r"[{}]", text) if boxes else ():
+        if brace.group() == "{":
+            opened.append(brace.end())
+        elif (
+            opened
+            and (start := opened.pop()) in boxes
+            and start > last
+            and (inside := text[start : brace.start()].strip())
+        ):
+            last, found = start, inside
+    return found
 
 
 def _find_answer_is(text: str) -> str | None:

@@ -72,7 +72,7 @@ class RolloutConfig:
         for name, known in (("search", SEARCHES), ("rule", RULES)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"rollout: {name} = {getattr(self, name)!r} is unknown; use {' or '.join(known)}")
-        if self.temperature <= 0:
+        if self.temperature == 0:
             raise ConfigError(f"rollout: temperature = {self.temperature} draws the same continuation every time")
         if not 0 <= self.threshold < 1:
             raise ConfigError(f"rollout: threshold = {self.threshold} must lie in [0, 1)")
