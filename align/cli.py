@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .checks import check_apart
 from .cli_common import (
     Adapter,
     Dtype,
@@ -69,6 +70,7 @@ def sample(
     from .problems import load_problems
     from .sample import SampleConfig, sample_completions, sample_settings
 
+    check_apart(problems, out)
     stops = tuple(map(unescape, stop or ()))
     config = SampleConfig(n, temperature, top_p, top_k, max_new_tokens, max_prompt_length, stops, seed, batch_size)
     rows = load_problems(
@@ -96,6 +98,7 @@ def verify(samples: str, out: str) -> None:
     """
     from .verify import verify as stage
 
+    check_apart(samples, out)
     print_counts(stage(samples, out))
 
 
@@ -143,6 +146,7 @@ def tokenize(
     from .models import load_tokenizer, model_identity
     from .preferences import tokenize_pairs
 
+    check_apart(source, out)
     print_counts(
         tokenize_pairs(
             source, load_tokenizer(model, trust_remote_code=trust_remote_code), out, split=split, subset=subset,
@@ -181,6 +185,7 @@ def evaluate(
     from .records import read_records
     from .report import markdown_table
 
+    check_apart(completions, out)
     if export is not None:
         if out is None or name is None:
             raise ConfigError("--export needs --out, the file to write, and --name, the model's name")
@@ -250,6 +255,7 @@ def inspect(
     from .records import check_records, read_records
     from .report import inspect_pairs, inspect_traces
 
+    check_apart(pairs, out)
     rows = read_records(pairs)
     loaded = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
     if rows and "from_teacher" in rows[0]:

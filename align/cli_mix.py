@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .checks import check_apart
 from .cli_common import (
     Adapter,
     Dtype,
@@ -63,6 +64,7 @@ def bash(
     from .demonstrations import load_demonstrations
     from .mix_stage import mix_bash
 
+    check_apart(source, out)
     config = OwnTokens(generation, passes, temperature, max_tokens_per_batch)
     loaded, tokenizer = load(model, adapter, dtype, quantization, trust_remote_code)
     rows = load_demonstrations(
@@ -105,6 +107,7 @@ def rac(
     from .mix_stage import mix_rac
     from .rac import CorrectionSettings
 
+    check_apart(source, out)
     text = CorrectionSettings.cue if cue is None else unescape(cue)
     config = CorrectionSettings(
         text, prefix_fraction, keep_correct_share, max_new_tokens, temperature, max_length, max_tokens_per_batch

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .checks import check_apart
 from .cli_common import (
     Adapter,
     Dtype,
@@ -69,6 +70,7 @@ def trace(
     from .stages import is_complete, read_manifest
     from .trace import TraceConfig, load_policies, trace_problems, trace_settings
 
+    check_apart(problems, out, kept)
     rsd = RSDConfig(
         threshold, draws, lookahead, max_new_tokens, teacher_temperature, student_temperature, top_p, top_k, seed
     )
@@ -124,6 +126,7 @@ def select(
     from .records import read_records
     from .select import SelectConfig, select_settings, select_traces
 
+    check_apart(traces, out)
     config = SelectConfig(
         rule, keep_share, keep_per_problem, unescape(step_separator), only_correct, only_ended, max_student_share
     )

@@ -130,12 +130,12 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> ChainCo
         ConfigError: not YAML, an unknown section, or an override without `=`.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    raw = _yaml(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a mapping of sections is expected")
-    raw = json.loads(json.dumps(raw))  # YAML aliases are one object: a change to one section would change the other
     for override in overrides or ():
         name, separator, value = override.partition("=")
         *sections, last = name.split(".")
@@ -146,20 +146,53 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> ChainCo
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise ConfigError(f"--set {override!r}: {section!r} is no section of {path}")
-        target[last] = _scalar(value)
+        target[last] = _scalar(value, f"--set {override!r}")
     known = {f.name for f in fields(ChainConfig)}
     if unknown := sorted(set(raw) - known):
         raise ConfigError(f"{path}: unknown section {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     if "model" not in raw:
         raise ConfigError(f"{path}: section model is missing")
+    if not isinstance(raw.get("methods") or {}, dict):
+        raise ConfigError(f"{path}: methods: {raw['methods']!r} must be a mapping of methods to settings")
     if unknown := sorted(set(raw.get("methods") or {}) - set(METHODS)):
         raise ConfigError(f"{path}: unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
     raw["methods"] = {name: settings for name, settings in (raw.get("methods") or {}).items() if settings is not None}
     return ChainConfig(**raw)
 
 
-def _scalar(text: str) -> Any:
-    value = yaml.safe_load(text)
+#: Characters of a configuration as JSON, aliases written out; a few lines of YAML can stand for more than any memory holds.
+LONGEST = 1_000_000
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice: the first value would be lost."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.composer.ComposerError(None, None, f"key {twice[0]!r} stands twice", node.start_mark)
+        return node
+
+
+def _yaml(text: str, name: str) -> Any:
+    """A YAML text's value, made of what JSON has."""
+    try:
+        # YAML aliases are one object: a change to one section would change the other. So the value is written out.
+        parts, length = [], 0
+        for part in json.JSONEncoder().iterencode(yaml.load(text, _Loader)):
+            parts.append(part)
+            length += len(part)
+            if length > LONGEST:
+                raise ValueError(f"more than {LONGEST} characters, aliases written out")
+        return json.loads("".join(parts))
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{name}: cannot be read as YAML of numbers, text, lists and mappings: {reason}") from None
+
+
+def _scalar(text: str, name: str) -> Any:
+    value = _yaml(text, name)
     if isinstance(value, str):
         try:
             return float(value)  # YAML takes 1e-5 for text
@@ -202,6 +235,13 @@ class Settings:
     def __init__(self, config: ChainConfig, out: Path) -> None:
         from .scoring.rollout import RolloutConfig
 
+        for name in [f.name for f in fields(ChainConfig) if f.name not in ("demonstrations", "never")]:
+            values = getattr(config, name)
+            check_keys(name, values, set(values) if isinstance(values, dict) else set())
+        if not isinstance(config.demonstrations, str):
+            raise ConfigError(f"demonstrations: {config.demonstrations!r} must be one of {', '.join(DEMONSTRATIONS)}")
+        if wrong := [ours for ours in config.special_tokens.values() if not isinstance(ours, str)]:
+            raise ConfigError(f"section 'special_tokens': {wrong[0]!r} is no token; map the teacher's to the student's")
         used = [METHODS[name] for name in config.methods]
         learns = {method.learns for method in used if method.learns} or {"demonstrations"}
         self.samples = any(method.scores for method in used) or (

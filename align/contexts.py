@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from .checks import check_temperature, check_whole
 from .errors import ConfigError
 from .logps import batches_by_length, head_on, keep_pages
 from .losses import CHUNK
@@ -47,14 +48,11 @@ class OwnTokens:
     def __post_init__(self) -> None:
         if self.generation not in GENERATIONS:
             raise ConfigError(f"generation {self.generation!r} is unknown; there are {', '.join(GENERATIONS)}")
-        if self.passes < 1:
-            raise ConfigError(f"passes = {self.passes} must be at least 1")
+        check_whole("passes", self.passes, 1)
         if self.generation == "autoregressive" and self.passes != 1:
             raise ConfigError(f"passes = {self.passes} belongs to generation 'parallel'; leave it out")
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature = {self.temperature} must be at least 0")
-        if self.max_tokens_per_batch < 1:
-            raise ConfigError(f"max_tokens_per_batch = {self.max_tokens_per_batch} must be at least 1")
+        check_temperature("temperature", self.temperature)
+        check_whole("max_tokens_per_batch", self.max_tokens_per_batch, 1)
 
 
 #: Largest parallel batch on a CPU: beyond it, hidden states leave the cores' caches, and a pass takes half as long again.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .errors import MissingColumnError, RecordError
+from .errors import ConfigError, MissingColumnError, RecordError
 from .problems import load_problems
-from .records import Record, read_records, row_name
+from .records import Record, check_records, read_records, row_name
 from .stages import records_hash, run_in_parts
 from .tokens import encode_completion, encode_prompt
 
@@ -54,9 +54,13 @@ def tokenize_demonstrations(
             rows.append({"_row": index, **({"_dropped": True} if too_long else row)})
         return rows
 
-    def finish(rows: list[Record]) -> None:
-        rows[:] = [row for row in rows if "_dropped" not in row]
-        if not rows:
+    def finish(rows: Sequence[Record]) -> Iterator[Record]:
+        kept = 0
+        for row in rows:
+            if "_dropped" not in row:
+                kept += 1
+                yield row
+        if not kept:
             raise RecordError(
                 f"none of the {len(problems)} prompts fits max_prompt_length = {max_prompt_length}; raise it"
             )
@@ -80,8 +84,10 @@ def load_demonstrations(source: str, tokenizer: PreTrainedTokenizerBase, **optio
     if os.path.splitext(source)[1] in (".jsonl", ".parquet") and os.path.isfile(source):
         rows = read_records(source)
         if rows and "completion_ids" in rows[0]:
-            limit = options.get("limit")
-            return read_records(source, "demonstration")[:limit]
+            if (limit := options.get("limit")) is not None and limit < 1:
+                raise ConfigError(f"limit = {limit} must be at least 1")
+            check_records(rows, "demonstration", source=source)
+            return rows[:limit]
     problems = load_problems(source, **options)
     return [encode_demonstration(tokenizer, p, f"{source}, {row_name(p, index)}") for index, p in enumerate(problems)]
 

@@ -106,6 +106,8 @@ def evaluate_verdicts(verdicts: Sequence[Record], ks: Sequence[int] = ()) -> dic
         "no_answer": fmean(float(row["extracted"] is None) for row in verdicts),
         "pass@1": metric(passed(1)),
     }
+    if any(k < 1 for k in ks):
+        raise ConfigError(f"k = {min(ks)} must be at least 1; pass@k and maj@k are of k completions")
     for k in ks:
         if k > 1:
             result[f"pass@{k}"] = metric(passed(k))
@@ -130,7 +132,7 @@ def preference_accuracy(pairs: Sequence[Record]) -> dict[str, Any]:
     values = []
     for index, row in enumerate(pairs):
         columns = [f"{side}_guidance_logratios" for side in ("chosen", "rejected")]
-        if missing := [column for column in columns if column not in row]:
+        if missing := [column for column in columns if row.get(column) is None]:
             raise MissingColumnError(
                 f"pairs, {row_name(row, index)}: no {missing[0]}; run `align score guidance` first"
             )

@@ -75,7 +75,7 @@ def export_completions(
 
 def check_format(format_: str) -> None:
     """Raises a ConfigError where there is no such format."""
-    if format_ not in _WRITERS:
+    if not isinstance(format_, str) or format_ not in _WRITERS:
         raise ConfigError(f"export format {format_!r} is unknown; there are {', '.join(_WRITERS)}")
 
 

@@ -276,7 +276,9 @@ def _check_base_file(path: str, fingerprint: str, model: PreTrainedModel) -> Non
     try:
         base = json.loads(file.read_text(encoding="utf-8"))
         recorded, name = base["fingerprint"], base["name"]
-    except (ValueError, KeyError, TypeError) as error:
+        if not isinstance(recorded, str):
+            raise TypeError(f"fingerprint {recorded!r} is no text")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelMismatchError(
             f"{file}: not readable ({error}); delete it to skip this check, or train again"
         ) from None
@@ -376,13 +378,16 @@ def model_identity(path: str | Path) -> str:
             digest.update(header)
             start = stream.tell()
             try:
-                tensors = json.loads(header)
-            except ValueError:
+                places = {
+                    name: tensor["data_offsets"]
+                    for name, tensor in json.loads(header).items()
+                    if name != "__metadata__"
+                }
+                if not all(0 <= low <= high <= size for low, high in places.values()):
+                    raise ValueError("a tensor lies outside the file")
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 raise ModelLoadError(f"{file} is no safetensors file, or a part of one; fetch it again") from None
-            for name, tensor in sorted(tensors.items()):
-                if name == "__metadata__":
-                    continue
-                low, high = tensor["data_offsets"]
+            for _, (low, high) in sorted(places.items()):
                 last = max(low, high - STRIP)
                 for place in sorted({low + (last - low) * i // (STRIPS - 1) for i in range(STRIPS)}):
                     stream.seek(start + place)

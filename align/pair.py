@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from .checks import check_apart, check_whole
 from .errors import ConfigError, RecordError
 from .records import Record, check_output, check_records, read_records, write_records
 from .stages import file_hash, forget, is_complete, read_manifest, write_manifest
@@ -31,8 +32,7 @@ class PairConfig:
     def __post_init__(self) -> None:
         if not 0 < self.negative_coverage <= 1:
             raise ConfigError(f"pair: negative_coverage = {self.negative_coverage} must lie in (0, 1]")
-        if self.pairs_per_problem < 1:
-            raise ConfigError(f"pair: pairs_per_problem = {self.pairs_per_problem} must be at least 1")
+        check_whole("pair: pairs_per_problem", self.pairs_per_problem, 1)
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def select_pairs(verdicts: Sequence[Record], config: PairConfig | None = None) -
             _pair(good, group[0], k)
             for k, (good, group) in enumerate(zip(right, wrong[: config.pairs_per_problem], strict=False))
         ]
-    counts |= {"problems": len(by_problem), "positive": len(positive), "negative": len(negative), "pairs": len(pairs)}
-    return Selection(positive, negative, pairs, dict(counts))
+    made = {"problems": len(by_problem), "positive": len(positive), "negative": len(negative), "pairs": len(pairs)}
+    return Selection(positive, negative, pairs, {**counts, **made})
 
 
 def _answer_groups(rows: Sequence[Record]) -> list[list[Record]]:
@@ -155,6 +155,7 @@ def pair(
     Raises:
         RecordError: not one pair could be made; the message says what was dropped.
     """
+    check_apart(verdicts_path, pairs_path, positive_path, negative_path)
     config = config or PairConfig()
     settings = {**asdict(config), "verdicts": file_hash(verdicts_path) if os.path.exists(verdicts_path) else None}
     paths = (positive_path, negative_path, pairs_path)

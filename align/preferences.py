@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, MissingColumnError, RecordError
 from .problems import PROMPT_COLUMNS
-from .records import Record, row_name
+from .records import Record, check_prompt, row_name
 from .sources import first_of, load_rows, row_id
 from .stages import file_hash, is_complete, read_manifest, run_in_parts
 from .tokens import encode_pair
@@ -88,10 +88,13 @@ def tokenize_pairs(
             rows.append({"_row": index, **kept})
         return rows
 
-    def finish(rows: list[Record]) -> None:
-        dropped.update(row["_reason"] for row in rows if "_reason" in row)
-        rows[:] = [row for row in rows if "_reason" not in row]
-        if not rows:
+    def finish(rows: Sequence[Record]) -> Iterator[Record]:
+        for row in rows:
+            if "_reason" in row:
+                dropped[row["_reason"]] += 1
+            else:
+                yield row
+        if dropped.total() == total:
             raise RecordError(f"{source}: none of its {total} rows can be used ({dict(dropped)}); raise the limits")
 
     return run_in_parts(
@@ -106,12 +109,16 @@ def _to_pair(row: Mapping[str, Any], name: str, chat: bool, system_prompt: str |
             raise MissingColumnError(
                 f"{name}: no {side}; a preference has chosen and rejected, and a prompt ({', '.join(PROMPT_COLUMNS)})"
             )
+        if row[side] != []:  # an answer without a message is empty, and counted
+            check_prompt(row[side], name, side)
     pair = {
         key: row[key] for key in ("chosen", "rejected", "tools", "chat_template_kwargs") if row.get(key) is not None
     }
-    if isinstance(pair["chosen"], list) and pair["chosen"] and pair["chosen"][0].get("role") != "assistant":
+    if isinstance(pair["chosen"], list) and pair["chosen"] and pair["chosen"][0]["role"] != "assistant":
         from trl.data_utils import extract_prompt
 
+        if not isinstance(pair["rejected"], list) or not pair["rejected"]:
+            raise RecordError(f"{name}: chosen begins with the prompt's messages, rejected does not; give both alike")
         pair |= extract_prompt({side: pair[side] for side in ("chosen", "rejected")})  # they begin with the prompt
     else:
         prompt = first_of(dict(row), PROMPT_COLUMNS)
@@ -130,7 +137,7 @@ def _to_pair(row: Mapping[str, Any], name: str, chat: bool, system_prompt: str |
 def _reason_to_drop(pair: Mapping[str, Any]) -> str | None:
     def text(side: str) -> str:
         content = pair[side]
-        return content if isinstance(content, str) else "".join(m.get("content") or "" for m in content)
+        return content if isinstance(content, str) else "".join(str(m["content"] or "") for m in content)
 
     if not text("chosen") or not text("rejected"):
         return "empty"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from .checks import check_whole
 from .errors import ConfigError, RecordError
 from .logps import batches_by_length
 from .mix import IGNORED, Example, confirmation, correction, draw_prefix_length, row_generator
@@ -55,8 +56,9 @@ class CorrectionSettings:
             raise ConfigError(f"prefix_fraction = {fraction} must be two numbers, 0 ≤ least ≤ largest ≤ 1")
         if not 0 <= self.keep_correct_share <= 1:
             raise ConfigError(f"keep_correct_share = {self.keep_correct_share} must lie in [0, 1]")
-        if self.max_tokens_per_batch < 1:
-            raise ConfigError(f"max_tokens_per_batch = {self.max_tokens_per_batch} must be at least 1")
+        check_whole("max_tokens_per_batch", self.max_tokens_per_batch, 1)
+        if self.max_length is not None:
+            check_whole("max_length", self.max_length, 1)
         self.sampling()
 
     def sampling(self) -> SampleConfig:

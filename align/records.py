@@ -6,12 +6,14 @@ same row as the token ids it belongs to, one number per id, EOS included (`TOKEN
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,19 @@ REQUIRED = {
 #: Token-level columns, without their `chosen_` / `rejected_` prefix.
 TOKEN_COLUMNS = ("ce_scores", "guidance_logratios", "ref_logps", "weights", "entropies", "rollout_values")
 
+#: Those of them that lie in [0, 1].
+PROBABILITIES = ("ce_scores", "rollout_values")
+
 _ID_COLUMNS = ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids")
 _TEXT_COLUMNS = ("answer", "completion", "finish_reason")
+
+#: Rows of a group of a Parquet file.
+ROWS_PER_GROUP = 10_000
+
+#: Deepest nesting of lists and objects in a line; far deeper ones would exhaust the stack of whoever walks them later.
+DEEPEST = 64
+#: Token ids below this fit every tokenizer's and tensor's integers.
+_MOST_IDS = 2**31
 
 
 def row_name(row: Mapping[str, Any], index: int) -> str:
@@ -56,25 +69,31 @@ def read_records(path: str | os.PathLike, kind: str | None = None) -> list[Recor
         MissingColumnError: a required column is not there.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in (".jsonl", ".parquet"):
-        raise RecordFileError(f"{path}: cannot tell the format from the ending {suffix!r}; use .jsonl or .parquet")
-    if not path.is_file():
-        raise RecordFileError(f"{path}: no such file; run the stage that writes it first, or check the path")
-    rows = list(_read_jsonl(path)) if suffix == ".jsonl" else _read_parquet(path)
+    rows = list(read_jsonl(path)) if check_file(path) == ".jsonl" else _read_parquet(path)
     if kind is not None:
         check_records(rows, kind, source=str(path))
     return rows
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
+def check_file(path: Path) -> str:
+    """The ending of a file of records: `.jsonl` or `.parquet`; a RecordFileError where it is another, or there is no file."""
+    suffix = path.suffix.lower()
+    if suffix not in (".jsonl", ".parquet"):
+        raise RecordFileError(f"{path}: cannot tell the format from the ending {suffix!r}; use .jsonl or .parquet")
+    if not path.is_file():
+        raise RecordFileError(f"{path}: no such file; run the stage that writes it first, or check the path")
+    return suffix
+
+
+def read_jsonl(path: Path) -> Iterator[Record]:
+    """The rows of a JSONL file, one after the other; errors as in `read_records`."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    row = _parse(line)
                 except (ValueError, RecursionError) as error:
                     raise RecordError(
                         f"{path}, line {number}: not JSON ({error}): {line[:80]!r}; one JSON object per line is expected"
@@ -88,13 +107,59 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
         raise RecordFileError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+def _parse(line: str) -> Any:
+    """A line's value; a ValueError where a later stage could not write it again, or a part of it would be lost."""
+    value = _DECODER.decode(line)
+    if "\\u" in line or line.count("[") + line.count("{") > DEEPEST:
+        _check_values(value)
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:20]} is too large for a float")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Record:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+    return found
+
+
+_DECODER = json.JSONDecoder(parse_float=_float, parse_constant=_refuse_constant, object_pairs_hook=_object)
+
+
+def _check_values(value: Any) -> None:
+    left = [(value, 1)]
+    while left:
+        value, depth = left.pop()
+        if depth > DEEPEST:
+            raise ValueError(f"nested more than {DEEPEST} deep")
+        if isinstance(value, dict):
+            left += [(part, depth + 1) for pair in value.items() for part in pair]
+        elif isinstance(value, list):
+            left += [(part, depth + 1) for part in value]
+        elif isinstance(value, str):
+            value.encode()  # a UnicodeEncodeError is a ValueError, and says which half of a character stands alone
+
+
 def _read_parquet(path: Path) -> list[Record]:
-    import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+        table = pyarrow.parquet.read_table(path)
+        if twice := [name for name in table.column_names if table.column_names.count(name) > 1]:
+            raise ValueError(f"column {twice[0]!r} stands twice")
+        return table.to_pylist()
+    except Exception as error:  # noqa: BLE001 - of a damaged file, or of types that Python lacks, pyarrow raises nearly everything
         raise RecordFileError(f"{path}: not a readable Parquet file ({error}); write it again") from None
 
 
@@ -110,6 +175,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise RecordFileError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except UnicodeEncodeError as error:
+        raise RecordFileError(f"{path}: cannot be written as UTF-8 ({error}); remove half a surrogate pair") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
@@ -129,8 +196,11 @@ def check_output(path: str | os.PathLike) -> None:
         raise RecordFileError(f"{path} is a folder; give the name of a file in it")
 
 
-def write_records(path: str | os.PathLike, rows: Sequence[Record]) -> None:
+def write_records(path: str | os.PathLike, rows: Iterable[Record]) -> None:
     """Writes records as JSONL or Parquet, by file ending; the file appears whole or not at all.
+
+    Args:
+        rows: for Parquet a sequence, which is gone through twice; of neither more than a few thousand are held at a time.
 
     Raises:
         RecordFileError: the ending is unknown or the file cannot be written.
@@ -139,11 +209,7 @@ def write_records(path: str | os.PathLike, rows: Sequence[Record]) -> None:
     path = Path(path)
     check_output(path)
     if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        with atomic_path(path) as temporary:
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), temporary)
+        _write_parquet(path, rows)
     else:
         with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for index, row in enumerate(rows):
@@ -153,6 +219,43 @@ def write_records(path: str | os.PathLike, rows: Sequence[Record]) -> None:
                     raise RecordError(f"{path}, {row_name(row, index)}: cannot be written as JSON: {error}") from None
 
 
+def _write_parquet(path: Path, rows: Iterable[Record]) -> None:
+    import pyarrow.parquet
+
+    def tables() -> Iterator[pyarrow.Table]:
+        there = iter(rows)
+        while part := list(islice(there, ROWS_PER_GROUP)):
+            yield _table(part, path)
+
+    with atomic_path(path) as temporary:
+        try:
+            # A column may be null, or of whole numbers, for thousands of rows before its type shows.
+            schemas = [table.schema for table in tables()]
+            schema = pyarrow.unify_schemas(schemas, promote_options="permissive") if schemas else pyarrow.schema([])
+            with pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
+                for table in tables():
+                    for name in set(schema.names) - set(table.column_names):
+                        table = table.append_column(name, pyarrow.nulls(len(table)))
+                    writer.write_table(table.select(schema.names).cast(schema))
+        except pyarrow.ArrowException as error:
+            raise RecordError(f"{path}: cannot be written as Parquet ({error}); use .jsonl") from None
+
+
+def _table(rows: Sequence[Record], path: Path) -> Any:
+    """A table with the columns of all rows: pyarrow's own takes those of the first row, and drops the others' silently."""
+    import pyarrow
+
+    columns = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        try:
+            columns[name] = pyarrow.array([row.get(name) for row in rows])
+        except (pyarrow.ArrowException, OverflowError, TypeError, ValueError) as error:
+            raise RecordError(
+                f"{path}: column {name!r} cannot be written as Parquet: {error}; give all its values one type, or use .jsonl"
+            ) from None
+    return pyarrow.table(columns)
+
+
 def check_records(rows: Iterable[Mapping[str, Any]], kind: str, source: str = "records") -> None:
     """Checks that rows are records of `kind`: columns present, ids integers, token-level columns as long as their ids.
 
@@ -160,7 +263,16 @@ def check_records(rows: Iterable[Mapping[str, Any]], kind: str, source: str = "r
         MissingColumnError: a required column is missing from a row.
         RecordError: a value has the wrong type, length or range, or a problem or a draw occurs twice.
     """
-    seen: set[Any] = set()
+    if getattr(rows, "kind", None) == kind:
+        return  # a RecordFile, checked as it was opened
+    seen: set[bytes] = set()
+
+    def occurs_twice(*key: Any) -> bool:
+        # A million ids of any length, in the memory of a million hashes.
+        known = len(seen)
+        seen.add(hashlib.blake2b(repr(key).encode(errors="surrogatepass"), digest_size=16).digest())
+        return len(seen) == known
+
     for index, row in enumerate(rows):
         name = f"{source}, {row_name(row, index)}"
         for column in REQUIRED[kind]:
@@ -170,24 +282,21 @@ def check_records(rows: Iterable[Mapping[str, Any]], kind: str, source: str = "r
                 )
         if not isinstance(row["id"], str) or not row["id"]:
             raise RecordError(f"{name}: id {row['id']!r} must be a non-empty string")
-        if kind == "problem":
-            if row["id"] in seen:
-                raise RecordError(f"{name}: the id occurs twice; ids of problems must be unique")
-            seen.add(row["id"])
+        if kind == "problem" and occurs_twice(row["id"]):
+            raise RecordError(f"{name}: the id occurs twice; ids of problems must be unique")
         if kind in ("sample", "verdict"):
             if not isinstance(row["sample"], int) or isinstance(row["sample"], bool):
                 raise RecordError(f"{name}: sample {row['sample']!r} must be an integer, the number of the draw")
-            if (row["id"], row["sample"]) in seen:
+            if occurs_twice(row["id"], row["sample"]):
                 raise RecordError(
                     f"{name}: sample {row['sample']} of this problem occurs twice; remove one, or renumber"
                 )
-            seen.add((row["id"], row["sample"]))
         if kind == "verdict":
             if not isinstance(row["correct"], bool):
                 raise RecordError(f"{name}: correct {row['correct']!r} must be true or false")
             if row["extracted"] is not None and not isinstance(row["extracted"], str):
                 raise RecordError(f"{name}: extracted {row['extracted']!r} must be text, or null for no answer")
-        _check_prompt(row["prompt"], name)
+        check_prompt(row["prompt"], name)
         for column in _TEXT_COLUMNS:
             if column in REQUIRED[kind] and not isinstance(row[column], str):
                 raise RecordError(f"{name}: {column} {row[column]!r} must be text")
@@ -197,12 +306,15 @@ def check_records(rows: Iterable[Mapping[str, Any]], kind: str, source: str = "r
         check_token_columns(row, name)
 
 
-def _check_prompt(prompt: Any, name: str) -> None:
+def check_prompt(prompt: Any, name: str, column: str = "prompt") -> None:
+    """Raises a RecordError where a prompt (or a completion) is neither text nor chat messages."""
     if isinstance(prompt, str):
         return
     messages = isinstance(prompt, list) and prompt
-    if not messages or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
-        raise RecordError(f"{name}: prompt {prompt!r} must be text or a list of messages with `role` and `content`")
+    if not messages or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in prompt
+    ):
+        raise RecordError(f"{name}: {column} {prompt!r} must be text or a list of messages with `role` and `content`")
 
 
 def check_ids(ids: Any, column: str, name: str, vocab_size: int | None = None) -> None:
@@ -216,7 +328,7 @@ def check_ids(ids: Any, column: str, name: str, vocab_size: int | None = None) -
     for position, token_id in enumerate(ids):
         if not isinstance(token_id, int) or isinstance(token_id, bool):
             raise RecordError(f"{name}: {column}[{position}] = {token_id!r} is no token id; ids are integers")
-        if token_id < 0 or (vocab_size is not None and token_id >= vocab_size):
+        if not 0 <= token_id < (_MOST_IDS if vocab_size is None else vocab_size):
             limit = "" if vocab_size is None else f" of {vocab_size} tokens"
             raise RecordError(
                 f"{name}: {column}[{position}] = {token_id} is not in the vocabulary{limit}; "
@@ -247,11 +359,11 @@ def check_token_columns(row: Mapping[str, Any], name: str, columns: Sequence[str
                     f"{name}: {full} has {len(values)} numbers for {len(ids)} ids{_hint(row, values, ids)}"
                 )
             for position, value in enumerate(values):
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
                     raise RecordError(
                         f"{name}: {full}[{position}] = {value!r} is no finite number; remove or mend the row"
                     )
-                if column in ("ce_scores", "rollout_values") and not 0.0 <= value <= 1.0:
+                if column in PROBABILITIES and not 0.0 <= value <= 1.0:
                     raise RecordError(
                         f"{name}: {full}[{position}] = {value!r} is no probability; {column} lie in [0, 1]"
                     )

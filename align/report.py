@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, MissingColumnError, RecordError
-from .records import TOKEN_COLUMNS, Record, atomic_path, check_ids, check_token_columns, row_name
+from .records import TOKEN_COLUMNS, Record, atomic_path, check_ids, check_prompt, check_token_columns, row_name
 from .token_texts import decoder, texts_by
 
 if TYPE_CHECKING:
@@ -177,10 +177,11 @@ def inspect_traces(
                 raise MissingColumnError(
                     f"{name}: column {column!r} is missing; give traces as `align trace` writes them"
                 )
+        check_ids(trace["completion_ids"], "completion_ids", name)
         if not trace["completion_ids"]:
             continue
-        check_ids(trace["completion_ids"], "completion_ids", name)
-        row = {"id": trace["id"], "prompt": trace["prompt"], "trace_ids": trace["completion_ids"]}
+        check_prompt(trace["prompt"], name)
+        row = {"id": str(trace["id"]), "prompt": trace["prompt"], "trace_ids": trace["completion_ids"]}
         if "sample" in trace:
             row["id"] = f"{trace['id']}, sample {trace['sample']}"
         if "correct" in trace:
@@ -253,6 +254,7 @@ def _check_pair(pair: Mapping[str, Any], name: str, columns: Sequence[str]) -> N
     for column in ("id", "prompt", "chosen_ids", "rejected_ids"):
         if pair.get(column) is None:
             raise MissingColumnError(f"{name}: column {column!r} is missing; give pairs as `align pair` writes them")
+    check_prompt(pair["prompt"], name)
     for side in SIDES:
         check_ids(pair[f"{side}_ids"], f"{side}_ids", name)
     check_token_columns(pair, name, columns)

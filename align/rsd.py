@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .checks import check_seed, check_temperature, check_whole
 from .decoding import Decoding, Policy, warp
 from .errors import ConfigError
 
@@ -58,11 +59,10 @@ class RSDConfig:
         if not 0 <= self.threshold <= 1:
             raise ConfigError(f"threshold = {self.threshold} must lie in [0, 1]; it is a probability")
         for name, low in (("draws", 1), ("lookahead", 0), ("max_new_tokens", 1), ("top_k", 0)):
-            if getattr(self, name) < low:
-                raise ConfigError(f"{name} = {getattr(self, name)} must be at least {low}")
+            check_whole(name, getattr(self, name), low)
         for name in ("teacher_temperature", "student_temperature"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} = {getattr(self, name)} must be at least 0")
+            check_temperature(name, getattr(self, name))
+        check_seed("seed", self.seed)
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p = {self.top_p} must lie in (0, 1]")
 

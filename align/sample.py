@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from .checks import check_seed, check_temperature, check_whole
 from .errors import ConfigError, RecordError
 from .models import vocab_size
 from .records import Record, check_records
@@ -48,14 +49,19 @@ class SampleConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        for field, low in (("n", 1), ("max_new_tokens", 1), ("batch_size", 1), ("top_k", 0), ("temperature", 0)):
-            if getattr(self, field) < low:
-                raise ConfigError(f"sample: {field} = {getattr(self, field)} must be at least {low}")
+        for field, low in (("n", 1), ("max_new_tokens", 1), ("batch_size", 1), ("top_k", 0)):
+            check_whole(f"sample: {field}", getattr(self, field), low)
+        if self.max_prompt_length is not None:
+            check_whole("sample: max_prompt_length", self.max_prompt_length, 1)
+        check_temperature("sample: temperature", self.temperature)
+        check_seed("sample: seed", self.seed)
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"sample: top_p = {self.top_p} must lie in (0, 1]")
         if self.temperature == 0 and self.n > 1:
             raise ConfigError(f"sample: temperature 0 gives n = {self.n} equal completions; set n = 1 or a temperature")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)  # YAML and the command line give lists
+        if other := [text for text in stop if not isinstance(text, str)]:
+            raise ConfigError(f"sample: stop = {other[0]!r} must be text")
         object.__setattr__(self, "stop", stop)
 
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from .checks import check_whole
 from .errors import ConfigError, MissingColumnError, RecordError
 from .logps import Batch, completion_logits, per_token
 from .records import Record, read_records, row_name
@@ -67,12 +68,13 @@ class SelectConfig:
             raise ConfigError("give one of keep_share and keep_per_problem")
         if self.keep_share is not None and not 0 < self.keep_share <= 1:
             raise ConfigError(f"keep_share = {self.keep_share} must lie in (0, 1]")
-        if self.keep_per_problem is not None and self.keep_per_problem < 1:
-            raise ConfigError(f"keep_per_problem = {self.keep_per_problem} must be at least 1")
+        if self.keep_per_problem is not None:
+            check_whole("keep_per_problem", self.keep_per_problem, 1)
         if not 0 <= self.max_student_share <= 1:
             raise ConfigError(f"max_student_share = {self.max_student_share} must lie in [0, 1]")
-        if not self.step_separator:
-            raise ConfigError("step_separator is empty; give the text that ends a step")
+        if not isinstance(self.step_separator, str) or not self.step_separator:
+            what = "empty" if self.step_separator == "" else f"{self.step_separator!r}, no text"
+            raise ConfigError(f"step_separator is {what}; give the text that ends a step")
 
 
 def rank_surprisal_ratio(logps: Sequence[float], ranks: Sequence[int]) -> float:
@@ -158,9 +160,9 @@ def good_traces(
     for row in rows:
         if only_correct and not row["correct"]:
             counts["wrong"] += 1
-        elif only_ended and row.get("finish_reason", "stop") != "stop":
+        elif only_ended and row.get("finish_reason") not in (None, "stop"):
             counts["unended"] += 1
-        elif row.get("student_share", 0.0) > max_student_share:
+        elif (row.get("student_share") or 0.0) > max_student_share:
             counts["mostly_student"] += 1
         else:
             good.append(row)
@@ -196,10 +198,7 @@ def select_traces(
     from .models import vocab_size
 
     for index, row in enumerate(traces):
-        if config.only_correct and "correct" not in row:
-            raise MissingColumnError(
-                f"traces, {row_name(row, index)}: no column correct; verify them first, or set only_correct to False"
-            )
+        _check_trace(row, f"traces, {row_name(row, index)}", config.only_correct)
     there = [row for row in traces if row.get("completion_ids")]
     for index, row in enumerate(there):
         check_row_ids(row, index, ("prompt_ids", "completion_ids"), vocab_size(student))
@@ -216,14 +215,14 @@ def select_traces(
             pad_token_id=tokenizer.pad_token_id, max_tokens_per_batch=max_tokens_per_batch,
         )  # fmt: skip
         return [
-            {"_row": first + i, **row, **_scores(tokenizer, row["completion_ids"], found, config.step_separator)}
+            {**row, "_row": first + i, **_scores(tokenizer, row["completion_ids"], found, config.step_separator)}
             for i, (row, found) in enumerate(zip(part, numbers, strict=True))
         ]
 
-    def finish(rows: list[Record]) -> None:
-        debiased = debiased_means([r["mean_logp"] for r in rows], [r["first_token_share"] for r in rows])
-        for row, value in zip(rows, debiased, strict=True):
-            row["mean_logp_debiased"] = value
+    def finish(rows: Sequence[Record]) -> Iterator[Record]:
+        numbers = [(row["mean_logp"], row["first_token_share"]) for row in rows]
+        debiased = debiased_means(*zip(*numbers, strict=True))
+        return (row | {"mean_logp_debiased": value} for row, value in zip(rows, debiased, strict=True))
 
     # The same whatever is kept: a score is computed once for all rules.
     scoring = {"step_separator": config.step_separator, "traces": records_hash(right), **(settings or {})}
@@ -238,6 +237,18 @@ def select_traces(
     }  # fmt: skip
     write_chosen(out_path, kept, "select", select_settings(traces, config, settings), counts)
     return counts
+
+
+def _check_trace(row: Record, name: str, only_correct: bool) -> None:
+    if only_correct and row.get("correct") is None:
+        raise MissingColumnError(f"{name}: no column correct; verify them first, or set only_correct to False")
+    if not isinstance(row.get("id"), str):
+        raise RecordError(f"{name}: id {row.get('id')!r} must be text, the problem's id")
+    if not isinstance(row.get("correct", True), (bool, type(None))):
+        raise RecordError(f"{name}: correct {row['correct']!r} must be true or false")
+    share = row.get("student_share")
+    if share is not None and (isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1):
+        raise RecordError(f"{name}: student_share {share!r} must be a number in [0, 1], or left out")
 
 
 def select_settings(traces: Sequence[Record], config: SelectConfig, settings: dict[str, Any] | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, RecordError, RecordFileError
-from .records import read_records
+from .record_file import RecordFile
 
 
 def load_rows(source: str, *, split: str = "train", subset: str | None = None) -> Sequence[dict[str, Any]]:
@@ -27,7 +27,7 @@ def load_rows(source: str, *, split: str = "train", subset: str | None = None) -
     suffix = Path(source).suffix
     try:
         if suffix in (".jsonl", ".parquet") and "://" not in source:
-            rows: Sequence[Any] = read_records(source)
+            rows: Sequence[Any] = RecordFile(source)
         elif suffix == ".json":
             if "://" not in source and not Path(source).is_file():
                 raise RecordFileError(f"{source}: no such file; check the path")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .demonstrations import tokenize_demonstrations
 from .errors import ConfigError
 from .problems import load_problems
+from .record_file import RecordFile
 from .records import read_records
 from .sample import SampleConfig, sample_completions, sample_settings
 from .select import select_settings, select_traces
@@ -55,7 +56,7 @@ class Teaching:
         tokenizer, problems = self._tokenizer(base), load_problems(**given.get("problems", self.config.train))
         tokenize_demonstrations(problems, tokenizer, path, settings={"teacher": model_identity(base["path"])})
         training = {name: given[name] for name in ("args", "lora") if name in given}
-        if trained := train_sft(base, read_records(path), folder, **training):
+        if trained := train_sft(base, RecordFile(path), folder, **training):
             self.counts["train teacher"] = trained
         return {**base, "adapter": str(folder)} if training.get("lora") is not None else {**base, "path": str(folder)}
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import MissingColumnError, RecordError
-from .records import check_ids, row_name
+from .records import check_ids, check_prompt, row_name
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +41,9 @@ def encode_prompt(
     Raises:
         RecordError: no ids come out (an empty prompt without BOS), or messages without a chat template.
     """
+    check_prompt(prompt, name)
     if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
+        ids = _text_ids(tokenizer, prompt, name)
         if ids and not prompt.endswith(tokenizer.eos_token or "\0") and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]  # some tokenizers close every text with EOS; a prompt goes on
     else:
@@ -57,7 +58,19 @@ def _chat_ids(tokenizer, messages: list[dict], name: str, **kwargs) -> list[int]
         raise RecordError(
             f"{name}: chat messages need a tokenizer with a chat template; set `tokenizer.chat_template` or give text"
         )
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"])
+    try:
+        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"])
+    except Exception as error:  # noqa: BLE001 - a template is a program of its own, and raises what it likes
+        raise RecordError(
+            f"{name}: the chat template cannot render {str(messages)[:200]} ({type(error).__name__}: {error}); mend the messages"
+        ) from error
+
+
+def _text_ids(tokenizer, text: str, name: str, **kwargs) -> list[int]:
+    try:
+        return list(tokenizer(text, **kwargs)["input_ids"])
+    except (TypeError, UnicodeEncodeError):  # which of the two is the tokenizers library's choice
+        raise RecordError(f"{name}: {text[:80]!r} is no Unicode text; remove the half of a surrogate pair") from None
 
 
 def encode_completion(
@@ -85,6 +98,7 @@ def encode_completion(
     """
     if not completion:
         raise RecordError(f"{name} is empty; remove the row or give it text")
+    check_prompt(completion, name, "completion")
     prompt_ids = list(prompt_ids)
     if isinstance(completion, str) and isinstance(prompt, str):
         return add_eos(_text_completion_ids(tokenizer, prompt, completion, prompt_ids, name), tokenizer.eos_token_id)
@@ -109,7 +123,7 @@ def encode_completion(
 
 
 def _text_completion_ids(tokenizer, prompt: str, completion: str, prompt_ids: list[int], name: str) -> list[int]:
-    together = list(tokenizer(prompt + completion)["input_ids"])
+    together = _text_ids(tokenizer, prompt + completion, name)
     if together[-1:] == [tokenizer.eos_token_id] and not completion.endswith(tokenizer.eos_token):
         together = together[:-1]
     candidates = [together[len(prompt_ids) :]] if together[: len(prompt_ids)] == prompt_ids else []
@@ -168,10 +182,14 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], name
 
         row = extract_prompt(dict(row))
     tools = row.get("tools")
-    template = {
-        "tools": json.loads(tools) if isinstance(tools, str) else tools,
-        **(row.get("chat_template_kwargs") or {}),
-    }
+    more = row.get("chat_template_kwargs") or {}
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        template = {"tools": tools, **more}
+    except (ValueError, TypeError, RecursionError):
+        raise RecordError(
+            f"{name}: tools {str(tools)[:80]!r} must be a list, or JSON of one, and chat_template_kwargs {str(more)[:80]!r} an object"
+        ) from None
     prompt_ids = encode_prompt(tokenizer, row["prompt"], f"{name}: prompt", template)
     ids = {"prompt_ids": prompt_ids}
     for side in ("chosen", "rejected"):
@@ -196,9 +214,9 @@ def check_row_ids(row: Mapping[str, Any], index: int, columns: Sequence[str], vo
     for column in columns:
         if row.get(column) is None:
             raise MissingColumnError(f"{name}: column {column!r} is missing; the row needs {', '.join(columns)}")
+        check_ids(row[column], column, name, vocab_size)
         if len(row[column]) == 0:
             raise RecordError(f"{name}: {column} is empty; remove the row")
-        check_ids(row[column], column, name, vocab_size)
 
 
 def decode_completion(tokenizer: PreTrainedTokenizerBase, completion_ids: Sequence[int]) -> str:

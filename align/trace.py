@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from .checks import check_whole
 from .errors import ConfigError, RecordError
 from .records import Record, check_records, read_records
 from .rsd import TEACHER, RSDConfig, Trace, reverse_speculative_decode
@@ -46,8 +47,9 @@ class TraceConfig:
 
     def __post_init__(self) -> None:
         for name, low in (("n", 1), ("prefix_tokens", 0), ("batch_size", 1)):
-            if getattr(self, name) < low:
-                raise ConfigError(f"{name} = {getattr(self, name)} must be at least {low}")
+            check_whole(name, getattr(self, name), low)
+        if self.max_prompt_length is not None:
+            check_whole("max_prompt_length", self.max_prompt_length, 1)
         if not 0 <= self.max_student_share <= 1:
             raise ConfigError(f"max_student_share = {self.max_student_share} must lie in [0, 1]")
 
@@ -122,9 +124,9 @@ def trace_problems(
         speed = tokens / max(1e-9, sum(row["seconds"] for row in rows))
         return f"{speed:.0f} tokens/s, {_acceptance(rows):.0%} of proposals accepted"
 
-    def finish(rows: list[Record]) -> None:
-        for row in rows:
-            row.pop("seconds")  # the rows of two runs are the same
+    def finish(rows: Sequence[Record]) -> Iterator[Record]:
+        # The rows of two runs are the same.
+        return ({key: value for key, value in row.items() if key != "seconds"} for row in rows)
 
     depends, drawn = trace_settings(problems, rsd, config, settings)
     counts = run_in_parts(

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from .errors import RecordError
-from .records import Record, check_records, read_records, row_name
+from .record_file import RecordFile
+from .records import Record, check_records, row_name
 from .stages import file_hash, is_complete, read_manifest, run_in_parts
 
 #: Longest answer that is compared as mathematics; longer ones are compared as text.
@@ -76,15 +77,21 @@ def _find_hash(text: str) -> str | None:
 
 
 def _find_boxed(text: str) -> str | None:
-    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*{", text))):
-        depth, start = 1, match.end()
-        for position in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                if inside := text[start:position].strip():
-                    return inside
-                break
-    return None
+    """The last box that is closed and holds something, braces balanced; found in one pass, however many boxes are left open."""
+    boxes = {match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*{", text)}
+    opened: list[int] = []
+    last, found = -1, None
+    for brace in re.finditer(r"[{}]", text) if boxes else ():
+        if brace.group() == "{":
+            opened.append(brace.end())
+        elif (
+            opened
+            and (start := opened.pop()) in boxes
+            and start > last
+            and (inside := text[start : brace.start()].strip())
+        ):
+            last, found = start, inside
+    return found
 
 
 def _find_answer_is(text: str) -> str | None:
@@ -207,14 +214,15 @@ def verify_records(samples: Sequence[Record]) -> tuple[list[Record], dict[str, i
         RecordError, MissingColumnError: a sample does not fit the schema.
     """
     check_records(samples, "sample", source="samples")
-    verdicts = _verdicts(samples, {})
+    verdicts = _verdicts(samples)
     return verdicts, {"rows": len(verdicts), **_count(verdicts)}
 
 
-def _verdicts(samples: Sequence[Record], known: dict[tuple[str, str], Verdict]) -> list[Record]:
-    """Verdict records; `known` grows, since many draws of a problem are the same text."""
+def _verdicts(samples: Sequence[Record], first: int = 0) -> list[Record]:
+    """Verdict records of samples, of which the first is number `first` of its file."""
+    known: dict[tuple[str, str], Verdict] = {}  # many draws of a problem are the same text
     rows = []
-    for index, row in enumerate(samples):
+    for index, row in enumerate(samples, start=first):
         if not row["answer"]:
             raise RecordError(
                 f"samples, {row_name(row, index)}: there is no reference answer to compare with; open-ended prompts are judged "
@@ -245,13 +253,12 @@ def verify(samples_path: str | os.PathLike, out_path: str | os.PathLike) -> dict
     settings = {"samples": file_hash(samples_path) if os.path.exists(samples_path) else None}
     if is_complete(out_path, "verify", settings):
         return read_manifest(out_path)["counts"]
-    samples = read_records(samples_path, "sample")
-    known: dict[tuple[str, str], Verdict] = {}
+    samples = RecordFile(samples_path, "sample")
     return run_in_parts(
         out_path,
         range(0, len(samples), PART),
         lambda _, start: [
-            row | {"_row": start + i} for i, row in enumerate(_verdicts(samples[start : start + PART], known))
+            row | {"_row": start + i} for i, row in enumerate(_verdicts(samples[start : start + PART], start))
         ],
         stage="verify",
         settings=settings,

@@ -45,6 +45,8 @@ def shared_ids(
             special token, leaves a difference, or maps two tokens to one.
     """
     mapping = dict(mapping or {})
+    if other := [token for token in (*mapping, *mapping.values(), *never) if not isinstance(token, str)]:
+        raise ModelMismatchError(f"special tokens: {other[0]!r} is no token; give tokens as text")
     if len(set(mapping.values())) != len(mapping):
         raise ModelMismatchError(f"special tokens {mapping}: two of the teacher's map to one of the student's")
     found: dict[int, int] = {}

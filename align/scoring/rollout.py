@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from ..records import Record, check_records, row_name
 from ..sample import SampleConfig, derived_seed
 from ..tokens import decode_completion
 from ..verify import verify_completion
-from .pairs import SIDES, score_stage
+from .pairs import SIDES, pair_length, score_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ class RolloutConfig:
         for name, known in (("search", SEARCHES), ("rule", RULES)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"rollout: {name} = {getattr(self, name)!r} is unknown; use {' or '.join(known)}")
-        if self.temperature <= 0:
+        if self.temperature == 0:
             raise ConfigError(f"rollout: temperature = {self.temperature} draws the same continuation every time")
         if not 0 <= self.threshold < 1:
             raise ConfigError(f"rollout: threshold = {self.threshold} must lie in [0, 1)")
@@ -162,15 +162,17 @@ def roll_out(
     ]
 
 
-def _check_budget(completions: Sequence[tuple[str, Sequence[int]]], config: RolloutConfig) -> None:
+def _check_budget(completions: Iterable[tuple[str, Sequence[int]]], config: RolloutConfig) -> None:
     """Raises ConfigError where a completion (its name, its ids) is longer than continuations may get."""
-    longest = max((len(ids) for _, ids in completions), default=0)
+    longest, over = 0, None
     for name, ids in completions:
-        if len(ids) > config.max_new_tokens:
-            raise ConfigError(
-                f"{name} has {len(ids)} tokens, more than max_new_tokens = {config.max_new_tokens}; its continuations "
-                f"would be cut before they end. Set max_new_tokens to {longest} or more, or leave out long rows"
-            )
+        longest = max(longest, len(ids))
+        over = over or (f"{name} has {len(ids)} tokens" if len(ids) > config.max_new_tokens else None)
+    if over:
+        raise ConfigError(
+            f"{over}, more than max_new_tokens = {config.max_new_tokens}; its continuations would be cut before they end. "
+            f"Set max_new_tokens to {longest} or more, or leave out long rows"
+        )
 
 
 @dataclass
@@ -341,9 +343,8 @@ def score_rollout(
             )
     check_records(pairs, "pair", source="pairs")
     sides = SIDES if config.weight_chosen else SIDES[1:]
-    lengths = [len(pair["prompt_ids"]) + max(len(pair[f"{side}_ids"]) for side in SIDES) for pair in pairs]
-    kept = [i for i, length in enumerate(lengths) if max_length is None or length <= max_length]
-    named = [(f"pairs, {row_name(pairs[i], i)}: {side}", pairs[i][f"{side}_ids"]) for i in kept for side in sides]
+    those = ((i, pair) for i, pair in enumerate(pairs) if max_length is None or pair_length(pair) <= max_length)
+    named = ((f"pairs, {row_name(p, i)}: {side}", p[f"{side}_ids"]) for i, p in those for side in sides)
     _check_budget(named, config)
 
     def compute(number: int, part: list[Record]) -> list[Record]:
@@ -362,15 +363,16 @@ def score_rollout(
             added.append(new | {"critical_with": rollout.with_critical, "critical_without": rollout.without})
         return added
 
-    drawn: list[list[float]] = []
+    drawn = [0.0, 0, 0]
 
-    def finish(rows: list[Record]) -> None:
+    def finish(rows: Sequence[Record]) -> Iterator[Record]:
         for row in rows:
-            drawn.extend(row.pop("_drawn"))
+            drawn[:] = map(sum, zip(drawn, *row.pop("_drawn"), strict=True))
+            yield row
 
-    def count(rows: list[Record]) -> dict[str, Any]:
-        forward, independent, cut = map(sum, zip(*drawn, strict=True))
-        return _count(rows, config) | {"cut": cut, "forward_tokens": round(forward), "independent_tokens": independent}
+    def count(rows: Sequence[Record]) -> dict[str, Any]:
+        costs = {"forward_tokens": round(drawn[0]), "independent_tokens": drawn[1], "cut": drawn[2]}
+        return _count(rows, config) | costs
 
     return score_stage(
         pairs, out_path, compute, model=model, max_length=max_length, stage="score rollout",
@@ -384,16 +386,14 @@ def rollout_settings(config: RolloutConfig, settings: dict[str, Any] | None) -> 
     return {**{k: v for k, v in asdict(config).items() if k != "sampling"}, **(settings or {})}
 
 
-def _count(rows: list[Record], config: RolloutConfig) -> dict[str, Any]:
-    found = [row for row in rows if row["critical"] is not None]
-    both = [row for row in found if row["critical_without"] is not None]
-    counts: dict[str, Any] = {
-        "critical": len(found),
-        "lost_from_start": sum(row["prompt_value"] <= config.threshold for row in rows),
-    }
+def _count(rows: Sequence[Record], config: RolloutConfig) -> dict[str, Any]:
+    lost = sum(row["prompt_value"] <= config.threshold for row in rows)
+    found = [(row["critical_with"], row["critical_without"]) for row in rows if row["critical"] is not None]
+    both = [drawn for drawn in found if drawn[1] is not None]
+    counts: dict[str, Any] = {"critical": len(found), "lost_from_start": lost}
     if config.ks:
         counts["without_alternative"] = len(found) - len(both)
         for k in config.ks if both else ():
-            for name in ("with", "without"):
-                counts[f"pass@{k} {name}"] = fmean(pass_at_k(config.n, row[f"critical_{name}"], k) for row in both)
+            for place, name in enumerate(("with", "without")):
+                counts[f"pass@{k} {name}"] = fmean(pass_at_k(config.n, drawn[place], k) for drawn in both)
     return counts

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy
+import pyarrow
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from trl.trainer.utils import global_then_local_main_first
 
 from ..errors import MissingColumnError, RecordError
-from ..records import TOKEN_COLUMNS, check_token_columns, row_name
+from ..records import PROBABILITIES, TOKEN_COLUMNS, check_token_columns, row_name
 from ..tokens import check_pair_ids, encode_pair
+from .row_data import lengths_of, numbers_of, tables_of
 
 logger = get_logger(__name__)
 
@@ -88,18 +91,53 @@ def prepare_preference_dataset(
     options: dict[str, Any] = {} if stream else {"num_proc": args.dataset_num_proc}
     with global_then_local_main_first():
         if has_ids and not stream:
-            for index, row in enumerate(dataset):
-                check(row, index)
+            index = 0
+            for table in tables_of(dataset, [column for column in _CHECKED if column in names] + token_level):
+                if not _is_plain(table, vocabulary, columns):
+                    for place, row in enumerate(table.to_pylist()):
+                        check(row, index + place)
+                index += len(table)
         else:
             desc = {} if stream else {"desc": f"Tokenizing {name} dataset"}
             dataset = dataset.map(prepare, with_indices=True, **options, **desc)
-        counts: dict[str, int] = {}
-        if not stream:
-            counts = _count_lengths(dataset, args.max_length, args.truncation_mode)
-            _report(name, counts, args)
-        if args.max_length is not None and args.truncation_mode == "keep_start":
-            dataset = dataset.filter(lambda row: len(row["prompt_ids"]) < args.max_length, **options)
+        drops = args.max_length is not None and args.truncation_mode == "keep_start"
+        if stream:
+            if drops:
+                dataset = dataset.filter(lambda row: len(row["prompt_ids"]) < args.max_length)
+            return dataset, {}
+        lengths = lengths_of(dataset, ("prompt_ids", "chosen_ids", "rejected_ids"))
+        counts = _count_lengths(lengths, args.max_length, drops)
+        _report(name, counts, args)
+        if drops and counts["prompt_fills_max_length"]:
+            dataset = dataset.select(numpy.flatnonzero(lengths["prompt_ids"] < args.max_length))
     return dataset, counts
+
+
+#: What a row's check reads, besides token-level columns.
+_CHECKED = ("id", "prompt_ids", "chosen_ids", "rejected_ids")
+
+
+def _is_plain(table: pyarrow.Table, vocabulary: int, columns: Sequence[str]) -> bool:
+    """Whether nothing can be wrong with any of these rows, seen at once; where that is not so, each is looked at."""
+    lengths = {}
+    for name in _CHECKED[1:]:
+        found = numbers_of(table[name]) if name in table.column_names else None
+        if found is None or found[1].dtype.kind not in "iu" or not len(found[1]) or found[0].min() == 0:
+            return False
+        if found[1].min() < 0 or found[1].max() >= vocabulary:
+            return False
+        lengths[name] = found[0]
+    for side in SIDES:
+        for column in columns:
+            if f"{side}_{column}" in table.column_names:
+                found = numbers_of(table[f"{side}_{column}"])
+                if found is None or not numpy.array_equal(found[0], lengths[f"{side}_ids"]):
+                    return False
+                if not numpy.isfinite(found[1]).all():
+                    return False
+                if column in PROBABILITIES and (found[1].min() < 0 or found[1].max() > 1):
+                    return False
+    return True
 
 
 def _check_columns(name: str, names: list[str], token_level: list[str], has_ids: bool, required: Sequence[str]) -> None:
@@ -121,15 +159,13 @@ def _check_columns(name: str, names: list[str], token_level: list[str], has_ids:
             )
 
 
-def _count_lengths(dataset: Dataset, max_length: int | None, truncation_mode: str) -> dict[str, int]:
-    counts = {"rows": len(dataset), "prompt_fills_max_length": 0, "truncated": 0}
+def _count_lengths(lengths: dict[str, numpy.ndarray], max_length: int | None, drops: bool) -> dict[str, int]:
+    counts = {"rows": len(lengths["prompt_ids"]), "prompt_fills_max_length": 0, "truncated": 0}
     if max_length is not None:
-        for row in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]):
-            prompt = len(row["prompt_ids"])
-            if prompt >= max_length and truncation_mode == "keep_start":
-                counts["prompt_fills_max_length"] += 1
-            elif prompt + max(len(row["chosen_ids"]), len(row["rejected_ids"])) > max_length:
-                counts["truncated"] += 1
+        filled = (lengths["prompt_ids"] >= max_length) & drops
+        longest = lengths["prompt_ids"] + numpy.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
+        counts["prompt_fills_max_length"] = int(filled.sum())
+        counts["truncated"] = int(((longest > max_length) & ~filled).sum())
     return counts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy
 import torch
 from accelerate.logging import get_logger
 from datasets import IterableDataset
@@ -12,6 +13,7 @@ from ..errors import RecordError
 from ..records import row_name
 from ..tokens import shift_to_labels
 from .preference_data import SIDES
+from .row_data import lengths_of
 
 if TYPE_CHECKING:
     from .token_dpo import TokenDPOTrainer
@@ -42,9 +44,10 @@ def check_reference_columns(trainer: TokenDPOTrainer) -> None:
     dataset = trainer.train_dataset
     if isinstance(dataset, IterableDataset):
         return
-    columns = zip(*(dataset[c] for c in ("prompt_ids", "chosen_ids", "rejected_ids")), strict=True)
-    sizes = [(min(len(c), len(r)) < TOKENS, len(p) + max(len(c), len(r))) for p, c, r in columns]
-    looked_at = sorted(range(len(dataset)), key=sizes.__getitem__)[:ROWS]
+    lengths = lengths_of(dataset, ("prompt_ids", "chosen_ids", "rejected_ids"))
+    chosen, rejected = lengths["chosen_ids"], lengths["rejected_ids"]
+    sizes = lengths["prompt_ids"] + numpy.maximum(chosen, rejected)
+    looked_at = numpy.lexsort((sizes, numpy.minimum(chosen, rejected) < TOKENS))[:ROWS].tolist()
     training = trainer.model.training
     trainer.model.eval()
     sums = torch.zeros(len(SHIFTS))

@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from ..logps import length_dependent
 from ..packing import IGNORED
 from ..tokens import truncate
+from .row_data import tables_of
 
 #: Per-token fields of a model's outputs that TRL's loss and metrics read.
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1")
@@ -121,14 +122,14 @@ class TokenBudget(DPOTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if type(sampler) is RandomSampler:  # accelerate would do this where it sees one, and does not see into ours
             sampler = SeedableRandomSampler(dataset, data_seed=self.args.data_seed)
-        columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
         cut = self.args.max_length, self.args.truncation_mode
         sizes = [
             self._layout.size(
                 *(truncate([*row["prompt_ids"], *row[f"{side}_ids"]], *cut) for side in ("chosen", "rejected")),
                 len(row["prompt_ids"]),
             )
-            for row in columns
+            for table in tables_of(dataset, ("prompt_ids", "chosen_ids", "rejected_ids"))
+            for row in table.to_pylist()
         ]
         processes = self.accelerator.num_processes
         return LongestFirst(sampler, sizes, self._train_batch_size * processes, processes)

@@ -7,22 +7,24 @@ import gc
 import json
 import os
 import shutil
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from ..errors import ConfigError, MissingColumnError, RecordError
 from ..models import base_fingerprint, load_model, load_tokenizer, model_identity, vocab_size, write_base_file
 from ..processes import process_state
+from ..record_file import Derived
 from ..records import Record, check_records
 from ..stages import is_complete, manifest_path, read_manifest, records_hash, write_manifest
 from ..tokens import check_row_ids
 from .cdpo import CDPOTrainer
+from .row_data import dataset_on_disk
 from .self_generated import BASHConfig, BASHTrainer, RACConfig, RACTrainer
 from .tgdpo import TGDPOTrainer
 from .token_dpo import TokenDPOTrainer
@@ -45,6 +47,17 @@ SFT_TRAINERS = {
 
 #: What a pair carries for TokenDPO and its subclasses, besides ids.
 _READ = ("prompt_ids", "chosen_ids", "rejected_ids", "id")
+
+
+#: Where a training keeps its rows while it runs.
+ROWS_FILE = "rows.arrow"
+
+
+def _sft_row(row: Record) -> Record:
+    return {
+        "input_ids": [*row["prompt_ids"], *row["completion_ids"]],
+        "completion_mask": [0] * len(row["prompt_ids"]) + [1] * len(row["completion_ids"]),
+    }
 
 
 def _arguments(cls: type, args: Mapping[str, Any], out_dir: Path) -> Any:
@@ -97,7 +110,7 @@ def train_sft(
     Args:
         model: arguments of `align.load_model`, `path` among them; without `lora` its weights are held in float32, whatever
             its `dtype`, and `bf16=True` computes in bfloat16.
-        demonstrations: records with `prompt_ids` and `completion_ids`; nothing is tokenized again.
+        demonstrations: a list or a `RecordFile` of records with `prompt_ids` and `completion_ids`; nothing is tokenized again.
         out_dir: where the adapter (or, without `lora`, the model) and its tokenizer are saved.
         args: fields of `trl.SFTConfig`, `BASHConfig` or `RACConfig`.
         lora: fields of `peft.LoraConfig`; `None` trains all weights.
@@ -116,14 +129,15 @@ def train_sft(
     config_class, trainer_class = SFT_TRAINERS[method]
     config = _arguments(config_class, {"completion_only_loss": True, **(args or {})}, Path(out_dir))
     check_records(demonstrations, "demonstration", source="demonstrations")
-    rows = [
-        {
-            "input_ids": [*row["prompt_ids"], *row["completion_ids"]],
-            "completion_mask": [0] * len(row["prompt_ids"]) + [1] * len(row["completion_ids"]),
-        }
-        for row in demonstrations
-        if config.max_length is None or len(row["prompt_ids"]) < config.max_length
-    ]
+    kept = array(
+        "q",
+        (
+            index
+            for index, row in enumerate(demonstrations)
+            if config.max_length is None or len(row["prompt_ids"]) < config.max_length
+        ),
+    )
+    rows = Derived(demonstrations, _sft_row, kept)
     dropped = len(demonstrations) - len(rows)
     if not rows:
         raise RecordError(
@@ -139,7 +153,7 @@ def train_sft(
         return trainer_class(
             base,
             args=config,
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=dataset_on_disk(rows, directory / ROWS_FILE),
             processing_class=tokenizer,
             peft_config=_lora(lora),
         )
@@ -161,6 +175,7 @@ def train_preference(
 
     Args:
         method: a key of `PREFERENCE_TRAINERS`.
+        pairs: a list, or a `RecordFile`, which is gone through row by row; the trainer's data set lies on disk.
         args: fields of the method's configuration.
         model, out_dir, lora: see `train_sft`.
 
@@ -180,13 +195,13 @@ def train_preference(
     columns = [f"{side}_{column}" for side in ("chosen", "rejected") for column in (*weighing, "ref_logps")]
     if method == "token_dpo" and not any(f"{side}_weights" in pairs[0] for side in ("chosen", "rejected")):
         raise MissingColumnError("token_dpo trains with chosen_weights or rejected_weights, and the pairs have neither")
-    rows = [{key: pair[key] for key in (*_READ, *columns) if key in pair} for pair in pairs]
+    rows = Derived(pairs, lambda pair: {key: pair[key] for key in (*_READ, *columns) if key in pair})
 
     def build(base, tokenizer, directory: Path) -> TokenDPOTrainer:
         return cls(
             base,
             args=_arguments(cls.config_class, args or {}, directory),
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=dataset_on_disk(rows, directory / ROWS_FILE),
             processing_class=tokenizer,
             peft_config=_lora(lora),
         )
@@ -209,7 +224,7 @@ def _last_whole_checkpoint(working: Path) -> str | None:
 
 
 def _train(
-    method: str, model: Mapping[str, Any], rows: list[dict], out_dir, build, settings: dict[str, Any]
+    method: str, model: Mapping[str, Any], rows: Sequence[Record], out_dir, build, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """Trains in `<out_dir>.training`, resuming from its last checkpoint, and moves the result to `out_dir`."""
     out_dir, process = Path(out_dir), process_state()

@@ -1,0 +1,77 @@
+"""Any bytes, any JSON, any mix of types: a refusal by name, or everything that came in is there or counted.
+
+Quick: a few hundred inputs, the same ones every time. Slow: 100,000, in batches; batches that passed with the same sources are
+not run again, so that an interrupted run goes on (`python -m pytest tests/test_fuzz.py -m slow`).
+"""
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import fuzz_cli  # noqa: F401 - registers the commands' targets
+import fuzz_settings  # noqa: F401
+import pytest
+from fuzz_targets import TARGETS, attempt
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+ROOT = Path(__file__).parent.parent
+
+#: Inputs of each target in a thousand: the readers most, what runs a model least.
+SHARES = {
+    "records": 130, "records_api": 60, "problems": 70, "preferences": 80, "demonstrations": 60, "verify": 60, "answers": 90,
+    "pair": 60, "evaluate": 60, "export": 40, "inspect": 60, "stages": 40, "config": 30, "vocabulary": 20, "tokens": 50,
+    "adapters": 30, "cli": 40, "cli_drawing": 20,
+}  # fmt: skip
+BATCHES = 100
+
+#: Targets that have nothing to refuse.
+TAKES_ALL = {"answers"}
+
+
+def feed(name: str, inputs: int, number: int | None = None) -> Counter:
+    """How many inputs a target accepted and refused; a bug of ours is raised. Without a number, the inputs are always the same."""
+    seen: Counter = Counter()
+
+    @settings(
+        max_examples=inputs, database=None, deadline=None, derandomize=number is None,
+        phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck), print_blob=False,
+    )  # fmt: skip
+    @given(TARGETS[name].inputs)
+    def run(value):
+        seen["accepted" if attempt(name, value) else "refused"] += 1
+
+    if number is not None:
+        run = seed(number)(run)
+    run()
+    return seen
+
+
+def test_every_target_has_its_share():
+    assert SHARES.keys() == TARGETS.keys() and sum(SHARES.values()) == 1000
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_whatever_comes_in_is_refused_by_name_or_accounted_for(name):
+    seen = feed(name, 30 + SHARES[name])
+    assert seen["accepted"], "inputs of which none is accepted test nothing behind the first check"
+    assert seen["refused"] or name in TAKES_ALL
+
+
+def sources() -> str:
+    """Hash of what a batch's result depends on."""
+    digest = hashlib.sha256()
+    for path in sorted([*(ROOT / "align").rglob("*.py"), *(ROOT / "tests").glob("*fuzz*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_a_hundred_thousand_inputs(request, batch):
+    key = f"align-fuzz/{sources()[:16]}"
+    passed = request.config.cache.get(key, {})
+    if str(batch) not in passed:
+        seen = sum((feed(name, share, batch) for name, share in SHARES.items()), Counter())
+        passed = request.config.cache.get(key, {}) | {str(batch): dict(seen)}
+        request.config.cache.set(key, passed)
+    assert sum(passed[str(batch)].values()) >= 1000
