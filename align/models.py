@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,17 @@ def vocab_size(model: PreTrainedModel | PeftModel) -> int:
     return model.get_input_embeddings().weight.shape[0]
 
 
+def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model without the wrapper of its adapters, whose layers may still be in it."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def cache_name(function: Callable) -> str:
+    """What a function of transformers, a model's `forward` say, calls keys and values: `cache`, or, before transformers renamed
+    it and in models written before, `past_key_values`. The output of a `forward` calls them the same."""
+    return "cache" if "cache" in signature(function).parameters else "past_key_values"
+
+
 def base_fingerprint(model: PreTrainedModel | PeftModel) -> str:
     """Three hashes of a base model, with dots between; LoRA adapters on it change none of them.
 
@@ -150,7 +162,7 @@ def base_fingerprint(model: PreTrainedModel | PeftModel) -> str:
     """
     import torch
 
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = base_model(model)
     digest = hashlib.sha256()
     config = base.config.get_text_config()
     fields = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
