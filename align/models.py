@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, ModelLoadError, ModelMismatchError
 from .records import atomic_path
+from .safety import check_folder, check_templates, no_pickles
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ def load_model(
 
     Raises:
         ConfigError: unknown dtype or quantization.
-        ModelLoadError: there is no model in safetensors at `path`.
+        ModelLoadError: there is no model in safetensors at `path`, or it needs code of its own.
         ModelMismatchError: the adapter does not belong to the base.
     """
     import torch
@@ -81,6 +82,7 @@ def load_model(
 
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
+    check_folder(path)
     process = process_state()
     kwargs: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
@@ -93,8 +95,11 @@ def load_model(
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    except OSError as error:
+        with no_pickles():
+            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    except ModelLoadError:
+        raise
+    except (OSError, ValueError) as error:
         raise ModelLoadError(_not_loaded(path, "model", error)) from error
     if quantized is None:
         model = model.to(process.device)
@@ -125,6 +130,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelLoadError(_not_loaded(path, "tokenizer", error)) from error
+    check_templates(tokenizer, path)
     if tokenizer.eos_token_id is None:
         raise ModelMismatchError(f"{path}: the tokenizer has no EOS token; set `eos_token` in its configuration")
     if tokenizer.pad_token_id is None:
@@ -133,6 +139,11 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def _not_loaded(path: str, what: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"{path}: the {what} needs code of its own (auto_map in its config.json or tokenizer_config.json), which is not "
+            "run; read it, and where you trust it give --trust-remote-code (trust_remote_code=True)"
+        )
     reason = " ".join(str(error).split())[:200]
     return f"{path}: no {what} can be loaded from there ({reason}); give a folder with safetensors or a hub name"
 
@@ -224,6 +235,7 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftMo
         adapters: name -> folder or hub name.
 
     Raises:
+        ModelLoadError: its weights are pickles, or there are none.
         ModelMismatchError: an adapter was trained on another base: its recorded fingerprint differs, its weights have
             other shapes, or the base lacks the layers it adapts.
     """
@@ -233,11 +245,15 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftMo
     wrapped: Any = None
     for name, path in adapters.items():
         _check_base_file(path, fingerprint, model)
+        check_folder(path)
         try:
-            if wrapped is None:
-                wrapped = PeftModel.from_pretrained(model, path, adapter_name=name, use_safetensors=True)
-            else:
-                wrapped.load_adapter(path, adapter_name=name, use_safetensors=True)
+            with no_pickles():
+                if wrapped is None:
+                    wrapped = PeftModel.from_pretrained(model, path, adapter_name=name)
+                else:
+                    wrapped.load_adapter(path, adapter_name=name)
+        except ModelLoadError:
+            raise
         except (RuntimeError, ValueError, KeyError) as error:
             if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
                 raise

@@ -57,7 +57,14 @@ def _chat_ids(tokenizer, messages: list[dict], name: str, **kwargs) -> list[int]
         raise RecordError(
             f"{name}: chat messages need a tokenizer with a chat template; set `tokenizer.chat_template` or give text"
         )
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"])
+    from jinja2 import TemplateError
+
+    try:
+        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"])
+    except TemplateError as error:  # roles it does not take; a broken one; one that reaches for more than text
+        raise RecordError(
+            f"{name}: the tokenizer's chat template does not render these messages ({error}); mend them, or the template"
+        ) from error
 
 
 def encode_completion(
