@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, RecordError
+from .locks import locked
 from .records import Record, check_records, read_records
 from .rsd import TEACHER, RSDConfig, Trace, reverse_speculative_decode
 from .sample import end_token_ids
@@ -127,12 +128,13 @@ def trace_problems(
             row.pop("seconds")  # the rows of two runs are the same
 
     depends, drawn = trace_settings(problems, rsd, config, settings)
-    counts = run_in_parts(
-        out_path, batches, compute, stage="trace", settings=drawn, order=lambda row: row.pop("_row"), finish=finish,
-        count=lambda rows: _count(rows) | {"prompt_too_long_for_us": len(problems) - len(places)}, note=note,
-    )  # fmt: skip
-    chosen, more = choose(read_records(out_path), config)
-    write_chosen(kept_path, chosen, "trace kept", depends, more)
+    with locked(kept_path):
+        counts = run_in_parts(
+            out_path, batches, compute, stage="trace", settings=drawn, order=lambda row: row.pop("_row"), finish=finish,
+            count=lambda rows: _count(rows) | {"prompt_too_long_for_us": len(problems) - len(places)}, note=note,
+        )  # fmt: skip
+        chosen, more = choose(read_records(out_path), config)
+        write_chosen(kept_path, chosen, "trace kept", depends, more)
     return counts | more
 
 

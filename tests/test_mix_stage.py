@@ -10,8 +10,9 @@ from test_recipes import ROOT, align, python
 from align.config import read_config
 from align.demonstrations import load_demonstrations, tokenize_demonstrations
 from align.errors import ConfigError, MissingColumnError, RecordError
+from align.merge import merge_adapter
 from align.mix import IGNORED
-from align.models import load_model, load_tokenizer, merge_adapter
+from align.models import load_model, load_tokenizer
 from align.pipeline import Chain
 from align.problems import load_problems
 from align.rac import correction_report
