@@ -27,6 +27,7 @@ from .pair import pair
 from .preferences import tokenize_pairs
 from .problems import load_problems
 from .rac import CorrectionSettings, correction_report
+from .record_file import RecordFile
 from .records import Record, atomic_path, read_records
 from .sample import SampleConfig, sample_completions, sample_settings
 from .stages import is_complete, read_manifest
@@ -177,14 +178,14 @@ class Chain:
             "pad_token_id": self.tokenizer().pad_token_id
         }
 
-    def _referenced(self) -> list[Record]:
-        return read_records(self.out / SCORED["reference"])
+    def _referenced(self) -> RecordFile:
+        return RecordFile(self.out / SCORED["reference"])
 
     def _score_reference(self, path: Path, _counts: dict[str, Any]) -> dict[str, Any]:
         from .scoring.pairs import score_settings
         from .scoring.reference import score_reference
 
-        pairs, identity = read_records(self.out / "pairs.jsonl"), self.identity()
+        pairs, identity = RecordFile(self.out / "pairs.jsonl"), self.identity()
         if is_complete(path, "score reference", score_settings(pairs, self.config.score.get("max_length"), identity)):
             return read_manifest(path)["counts"]  # before a model is loaded for nothing, as below
         return score_reference(self.load()[0], pairs, path, settings=identity, **self._scoring())
@@ -198,7 +199,7 @@ class Chain:
 
         adapters = {name: str(self.out / "contrastive" / name) for name in ("positive", "negative")}
         for name, folder in adapters.items():
-            train_sft(self.config.model, read_records(self.out / f"{name}.jsonl"), folder, **self.config.contrastive)
+            train_sft(self.config.model, RecordFile(self.out / f"{name}.jsonl"), folder, **self.config.contrastive)
         pairs, identity, beta = self._referenced(), self.identity(**adapters), self.config.score.get("beta", 1.0)
         settings = score_settings(pairs, self.config.score.get("max_length"), {"beta": beta, **identity})
         if is_complete(path, "score contrastive", settings):
@@ -224,7 +225,7 @@ class Chain:
         )
         return str(guide)
 
-    def _guidance(self, guide: str | Path, pairs: list[Record], path: Path) -> dict[str, Any]:
+    def _guidance(self, guide: str | Path, pairs: Sequence[Record], path: Path) -> dict[str, Any]:
         """Log-ratios of a trained policy and the base, on pairs."""
         from .scoring.guidance import load_guide, score_guidance
         from .scoring.pairs import score_settings
@@ -264,9 +265,9 @@ class Chain:
             return counts[f"train {name}"]
         settings, method = self.config.methods[name], METHODS[name]
         if method.scores is None:
-            demonstrations = read_records(self._demonstrations(method.learns, counts))
+            demonstrations = RecordFile(self._demonstrations(method.learns, counts))
             return train_sft(self.config.model, demonstrations, self.out / name, method=method.trainer, **settings)
-        pairs = read_records(self.score(method.scores, counts))
+        pairs = RecordFile(self.score(method.scores, counts))
         return train_preference(method.trainer, self.config.model, pairs, self.out / name, **settings)
 
     def evaluate(self, name: str) -> dict[str, Any]:
@@ -293,7 +294,7 @@ class Chain:
         if self.config.test_pairs and adapter is not None:
             held_out, path = self.out / "test" / "pairs.jsonl", self.out / "test" / f"{name}-pairs.jsonl"
             self._tokenize({"split": "test", **self.config.test_pairs}, held_out)
-            self._guidance(adapter, read_records(held_out), path)
+            self._guidance(adapter, RecordFile(held_out), path)
             accuracy = preference_accuracy(read_records(path))
             found |= {"preference": accuracy["preference"], "pairs": accuracy["n"]}
         return found

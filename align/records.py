@@ -7,6 +7,7 @@ same row as the token ids it belongs to, one number per id, EOS included (`TOKEN
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,9 @@ REQUIRED = {
 TOKEN_COLUMNS = ("ce_scores", "guidance_logratios", "ref_logps", "weights", "entropies", "rollout_values")
 
 _ID_COLUMNS = ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids")
+#: Rows of a group of a Parquet file.
+ROWS_PER_GROUP = 10_000
+
 _TEXT_COLUMNS = ("answer", "completion", "finish_reason")
 
 
@@ -58,18 +63,24 @@ def read_records(path: str | os.PathLike, kind: str | None = None) -> list[Recor
         MissingColumnError: a required column is not there.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in (".jsonl", ".parquet"):
-        raise RecordFileError(f"{path}: cannot tell the format from the ending {suffix!r}; use .jsonl or .parquet")
-    if not path.is_file():
-        raise RecordFileError(f"{path}: no such file; run the stage that writes it first, or check the path")
-    rows = list(_read_jsonl(path)) if suffix == ".jsonl" else _read_parquet(path)
+    rows = list(read_jsonl(path)) if check_file(path) == ".jsonl" else _read_parquet(path)
     if kind is not None:
         check_records(rows, kind, source=str(path))
     return rows
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
+def check_file(path: Path) -> str:
+    """The ending of a file of records: `.jsonl` or `.parquet`; a RecordFileError where it is another, or there is no file."""
+    suffix = path.suffix.lower()
+    if suffix not in (".jsonl", ".parquet"):
+        raise RecordFileError(f"{path}: cannot tell the format from the ending {suffix!r}; use .jsonl or .parquet")
+    if not path.is_file():
+        raise RecordFileError(f"{path}: no such file; run the stage that writes it first, or check the path")
+    return suffix
+
+
+def read_jsonl(path: Path) -> Iterator[Record]:
+    """The rows of a JSONL file, one after the other; errors as in `read_records`."""
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
@@ -206,8 +217,11 @@ def check_output(path: str | os.PathLike) -> None:
         raise RecordFileError(f"{path} is a folder; give the name of a file in it")
 
 
-def write_records(path: str | os.PathLike, rows: Sequence[Record]) -> None:
+def write_records(path: str | os.PathLike, rows: Iterable[Record]) -> None:
     """Writes records as JSONL or Parquet, by file ending; the file appears whole or not at all.
+
+    Args:
+        rows: for Parquet a sequence, which is gone through twice; of neither more than a few thousand are held at a time.
 
     Raises:
         RecordFileError: the ending is unknown or the file cannot be written.
@@ -216,11 +230,7 @@ def write_records(path: str | os.PathLike, rows: Sequence[Record]) -> None:
     path = Path(path)
     check_output(path)
     if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        with atomic_path(path) as temporary:
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), temporary)
+        _write_parquet(path, rows)
     else:
         with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for index, row in enumerate(rows):
@@ -230,6 +240,27 @@ def write_records(path: str | os.PathLike, rows: Sequence[Record]) -> None:
                     raise RecordError(f"{path}, {row_name(row, index)}: cannot be written as JSON: {error}") from None
 
 
+def _write_parquet(path: Path, rows: Iterable[Record]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    def tables() -> Iterator[pyarrow.Table]:
+        there = iter(rows)
+        while part := list(islice(there, ROWS_PER_GROUP)):
+            yield pyarrow.Table.from_pylist(part)
+
+    with atomic_path(path) as temporary:
+        # A column may be null, or of whole numbers, for thousands of rows before its type shows.
+        schemas = [table.schema for table in tables()]
+        schema = pyarrow.unify_schemas(schemas, promote_options="permissive") if schemas else pyarrow.schema([])
+        with pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
+            for table in tables():
+                missing = [name for name in schema.names if name not in table.column_names]
+                for name in missing:
+                    table = table.append_column(name, pyarrow.nulls(len(table)))
+                writer.write_table(table.select(schema.names).cast(schema))
+
+
 def check_records(rows: Iterable[Mapping[str, Any]], kind: str, source: str = "records") -> None:
     """Checks that rows are records of `kind`: columns present, ids integers, token-level columns as long as their ids.
 
@@ -237,7 +268,16 @@ def check_records(rows: Iterable[Mapping[str, Any]], kind: str, source: str = "r
         MissingColumnError: a required column is missing from a row.
         RecordError: a value has the wrong type, length or range, or a problem or a draw occurs twice.
     """
-    seen: set[Any] = set()
+    if getattr(rows, "kind", None) == kind:
+        return  # a RecordFile, checked as it was opened
+    seen: set[bytes] = set()
+
+    def occurs_twice(*key: Any) -> bool:
+        # A million ids of any length, in the memory of a million hashes.
+        known = len(seen)
+        seen.add(hashlib.blake2b(repr(key).encode(errors="surrogatepass"), digest_size=16).digest())
+        return len(seen) == known
+
     for index, row in enumerate(rows):
         name = f"{source}, {row_name(row, index)}"
         for column in REQUIRED[kind]:
@@ -247,18 +287,15 @@ def check_records(rows: Iterable[Mapping[str, Any]], kind: str, source: str = "r
                 )
         if not isinstance(row["id"], str) or not row["id"]:
             raise RecordError(f"{name}: id {row['id']!r} must be a non-empty string")
-        if kind == "problem":
-            if row["id"] in seen:
-                raise RecordError(f"{name}: the id occurs twice; ids of problems must be unique")
-            seen.add(row["id"])
+        if kind == "problem" and occurs_twice(row["id"]):
+            raise RecordError(f"{name}: the id occurs twice; ids of problems must be unique")
         if kind in ("sample", "verdict"):
             if not isinstance(row["sample"], int) or isinstance(row["sample"], bool):
                 raise RecordError(f"{name}: sample {row['sample']!r} must be an integer, the number of the draw")
-            if (row["id"], row["sample"]) in seen:
+            if occurs_twice(row["id"], row["sample"]):
                 raise RecordError(
                     f"{name}: sample {row['sample']} of this problem occurs twice; remove one, or renumber"
                 )
-            seen.add((row["id"], row["sample"]))
         if kind == "verdict":
             if not isinstance(row["correct"], bool):
                 raise RecordError(f"{name}: correct {row['correct']!r} must be true or false")

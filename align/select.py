@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -221,10 +221,10 @@ def select_traces(
             for i, (row, found) in enumerate(zip(part, numbers, strict=True))
         ]
 
-    def finish(rows: list[Record]) -> None:
-        debiased = debiased_means([r["mean_logp"] for r in rows], [r["first_token_share"] for r in rows])
-        for row, value in zip(rows, debiased, strict=True):
-            row["mean_logp_debiased"] = value
+    def finish(rows: Sequence[Record]) -> Iterator[Record]:
+        numbers = [(row["mean_logp"], row["first_token_share"]) for row in rows]
+        debiased = debiased_means(*zip(*numbers, strict=True))
+        return (row | {"mean_logp_debiased": value} for row, value in zip(rows, debiased, strict=True))
 
     # The same whatever is kept: a score is computed once for all rules.
     scoring = {"step_separator": config.step_separator, "traces": records_hash(right), **(settings or {})}

@@ -12,14 +12,15 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import RecordFileError
 from .locks import locked
-from .records import Record, atomic_path, check_output, read_records, write_records
+from .record_file import JsonLines, RecordFile, Sorted, digest_of
+from .records import Record, atomic_path, check_output, write_records
 
 
 def manifest_path(path: str | os.PathLike) -> Path:
@@ -43,10 +44,7 @@ def file_hash(path: str | os.PathLike) -> str:
 
 def records_hash(rows: Sequence[Mapping[str, Any]]) -> str:
     """SHA-256 of records, for the manifest of what is made from them."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    return rows.digest if isinstance(rows, RecordFile) else digest_of(rows)
 
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -77,7 +75,7 @@ def write_manifest(
 
 
 def write_chosen(
-    path: str | os.PathLike, rows: list[Record], stage: str, settings: Mapping[str, Any], counts: Mapping[str, Any]
+    path: str | os.PathLike, rows: Sequence[Record], stage: str, settings: Mapping[str, Any], counts: Mapping[str, Any]
 ) -> None:
     """Writes rows that every process has, with their manifest, from one of them; the others wait."""
     from .processes import process_state
@@ -153,8 +151,8 @@ def run_in_parts(
     stage: str,
     settings: Mapping[str, Any],
     order: Callable[[Record], Any],
-    finish: Callable[[list[Record]], None] | None = None,
-    count: Callable[[list[Record]], Mapping[str, Any]] | None = None,
+    finish: Callable[[Sequence[Record]], Iterable[Record]] | None = None,
+    count: Callable[[Sequence[Record]], Mapping[str, Any]] | None = None,
     note: Callable[[list[Record]], str] | None = None,
 ) -> dict[str, Any]:
     """Computes `compute(number, batch)` for every batch, in several processes where launched so, and writes `path`.
@@ -166,8 +164,9 @@ def run_in_parts(
         stage: name of the stage, for the manifest and the progress bar.
         settings: everything the rows depend on. Parts of a run with other settings are discarded.
         order: sort key of a row, so that the file does not depend on how work was batched or shared.
-        finish: last word on all rows, in place, in their order.
-        count: counts for the manifest, from all rows.
+        finish: last word on all rows: those that are in order -> those that are written, one at a time. A row is read
+            from disk each time it is asked for, and one that is changed is not changed for the next who asks.
+        count: counts for the manifest, from all rows that were written; read from disk, as above.
         note: what stands beside the progress bar, from the rows of the batch that was last computed.
 
     Returns:
@@ -199,12 +198,7 @@ def run_in_parts(
                         bar.set_postfix_str(note(rows))
             process.wait_for_everyone()
             if process.is_main_process:
-                rows = [row for number in range(len(batches)) for row in read_records(parts / f"{number:06d}.jsonl")]
-                rows.sort(key=order)
-                if finish is not None:
-                    finish(rows)
-                forget(path)
-                write_records(path, rows)
+                rows = _merge(path, [parts / f"{number:06d}.jsonl" for number in range(len(batches))], order, finish)
                 write_manifest(path, stage, settings, {"rows": len(rows), **(count(rows) if count else {})})
                 shutil.rmtree(parts)
             process.wait_for_everyone()
@@ -212,6 +206,36 @@ def run_in_parts(
     if manifest is None:
         raise RecordFileError(f"{path}: its manifest vanished while the stage ran; run it again")
     return manifest["counts"]
+
+
+def _merge(
+    path: str | os.PathLike,
+    parts: Sequence[Path],
+    order: Callable[[Record], Any],
+    finish: Callable[[Sequence[Record]], Iterable[Record]] | None,
+) -> Sequence[Record]:
+    """Writes `path` from the rows of its parts, and gives its rows; never more than one of them is in memory."""
+    lines = JsonLines()
+    rows: Sequence[Record] = Sorted(lines, (order(row) for part in parts for row in lines.read(part)), take=order)
+    last_words = rows if finish is None else finish(rows)
+    if Path(path).suffix == ".parquet":  # its types depend on all rows, which are gone through twice
+        merged = parts[0].with_name("merged.jsonl") if parts else Path(f"{path}.parts", "merged.jsonl")
+        write_records(merged, last_words)
+        written = _written(merged)
+        forget(path)
+        write_records(path, written)
+        return written
+    forget(path)
+    write_records(path, last_words)
+    return _written(path)
+
+
+def _written(path: str | os.PathLike) -> Sequence[Record]:
+    """Rows of a JSONL file that was just written."""
+    rows = JsonLines()
+    for _ in rows.index(path):
+        pass
+    return rows
 
 
 def _open_parts(parts: Path, stage: str, settings: Mapping[str, Any], batches: int) -> None:

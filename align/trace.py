@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -123,9 +123,9 @@ def trace_problems(
         speed = tokens / max(1e-9, sum(row["seconds"] for row in rows))
         return f"{speed:.0f} tokens/s, {_acceptance(rows):.0%} of proposals accepted"
 
-    def finish(rows: list[Record]) -> None:
-        for row in rows:
-            row.pop("seconds")  # the rows of two runs are the same
+    def finish(rows: Sequence[Record]) -> Iterator[Record]:
+        # The rows of two runs are the same.
+        return ({key: value for key, value in row.items() if key != "seconds"} for row in rows)
 
     depends, drawn = trace_settings(problems, rsd, config, settings)
     with locked(kept_path):
