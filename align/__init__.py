@@ -15,6 +15,7 @@ _NAMES = {
     "RACConfig": "trainers",
     "RACTrainer": "trainers",
     "RSDConfig": "rsd",
+    "RecordFile": "record_file",
     "RolloutConfig": "scoring.rollout",
     "SampleConfig": "sample",
     "SelectConfig": "select",

@@ -225,7 +225,7 @@ def merge(
 
     Example: align merge merged --model data/tiny-arithmetic/model --adapter positive --dtype float32
     """
-    from .models import merge_adapter
+    from .merge import merge_adapter
 
     typer.echo(merge_adapter(model, adapter, out, dtype=dtype, trust_remote_code=trust_remote_code))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,10 +21,13 @@ from .cli_common import (
     unescape,
 )
 
+if TYPE_CHECKING:
+    from .record_file import RecordFile
+
 app = typer.Typer(help="Adds token-level columns to pairs.", no_args_is_help=True)
 
 
-def _is_done(out: str, stage: str, rows: list, max_length: int | None, settings: dict) -> bool:
+def _is_done(out: str, stage: str, rows: RecordFile, max_length: int | None, settings: dict) -> bool:
     from .scoring.pairs import score_settings
 
     return finished(out, f"score {stage}", score_settings(rows, max_length, settings))
@@ -49,10 +52,10 @@ def contrastive(
     Example: align score contrastive pairs.jsonl scored.jsonl --model BASE --positive runs/positive --negative runs/negative
     """
     from .models import load_adapters
-    from .records import read_records
+    from .record_file import RecordFile
     from .scoring.contrastive import score_contrastive
 
-    rows = read_records(pairs, "pair")
+    rows = RecordFile(pairs, "pair")
     depends = identity(model, dtype, quantization, positive=positive, negative=negative)
     if _is_done(out, "contrastive", rows, max_length, {"beta": beta, **depends}):
         return
@@ -81,10 +84,10 @@ def reference(
 
     Example: align score reference pairs.jsonl referenced.jsonl --model BASE
     """
-    from .records import read_records
+    from .record_file import RecordFile
     from .scoring.reference import score_reference
 
-    rows = read_records(pairs, "pair")
+    rows = RecordFile(pairs, "pair")
     depends = identity(model, dtype, quantization, adapter=adapter)
     if _is_done(out, "reference", rows, max_length, depends):
         return
@@ -112,10 +115,10 @@ def guidance(
 
     Example: align score guidance pairs.jsonl guided.jsonl --model BASE --guide runs/dpo
     """
-    from .records import read_records
+    from .record_file import RecordFile
     from .scoring.guidance import load_guide, score_guidance
 
-    rows = read_records(pairs, "pair")
+    rows = RecordFile(pairs, "pair")
     depends = identity(model, dtype, quantization, guide=guide)
     if _is_done(out, "guidance", rows, max_length, depends):
         return
@@ -145,10 +148,10 @@ def entropy(
 
     Example: align score entropy pairs.jsonl weighted.jsonl --model BASE --top 0.2
     """
-    from .records import read_records
+    from .record_file import RecordFile
     from .scoring.entropy import score_entropy
 
-    rows = read_records(pairs, "pair")
+    rows = RecordFile(pairs, "pair")
     depends = identity(model, dtype, quantization, adapter=adapter)
     if _is_done(out, "entropy", rows, max_length, {"top": top, **depends}):
         return
@@ -199,7 +202,7 @@ def rollout(
 
     Example: align score rollout pairs.jsonl weighted.jsonl --model BASE --n 16 --max-new-tokens 80 --k 4
     """
-    from .records import read_records
+    from .record_file import RecordFile
     from .scoring.rollout import RolloutConfig, rollout_settings, score_rollout
 
     stops = tuple(map(unescape, stop or ()))
@@ -207,7 +210,7 @@ def rollout(
         n, search, threshold, rule, weight_chosen, tuple(k or ()), temperature, top_p, top_k, max_new_tokens, stops,
         seed, batch_size,
     )  # fmt: skip
-    rows = read_records(pairs, "pair")
+    rows = RecordFile(pairs, "pair")
     depends = identity(model, dtype, quantization, adapter=adapter)
     if _is_done(out, "rollout", rows, max_length, rollout_settings(config, depends)):
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import MissingColumnError, RecordError
@@ -54,9 +54,13 @@ def tokenize_demonstrations(
             rows.append({"_row": index, **({"_dropped": True} if too_long else row)})
         return rows
 
-    def finish(rows: list[Record]) -> None:
-        rows[:] = [row for row in rows if "_dropped" not in row]
-        if not rows:
+    def finish(rows: Sequence[Record]) -> Iterator[Record]:
+        kept = 0
+        for row in rows:
+            if "_dropped" not in row:
+                kept += 1
+                yield row
+        if not kept:
             raise RecordError(
                 f"none of the {len(problems)} prompts fits max_prompt_length = {max_prompt_length}; raise it"
             )

@@ -265,36 +265,6 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftMo
     return wrapped.eval()
 
 
-def merge_adapter(
-    model: str, adapter: str, out: str | Path, *, dtype: str = "bfloat16", trust_remote_code: bool = False
-) -> str:
-    """Writes a LoRA adapter merged into its base, with the tokenizer: what a further adapter is trained on.
-
-    Args:
-        model, adapter: hub names or folders.
-        out: folder to write; it must not be there, or be empty.
-        dtype: of the merged weights. An adapter trained on a quantized base is merged into the unquantized one, as usual.
-
-    Returns:
-        `out`.
-
-    Raises:
-        ConfigError: `out` holds something.
-        ModelMismatchError: see `load_adapters`; or the adapter is of a kind that cannot be merged.
-    """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists already; give another folder, or remove it yourself")
-    loaded = load_model(model, dtype=dtype, adapter=adapter, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    if any(config.is_prompt_learning for config in loaded.peft_config.values()):
-        raise ModelMismatchError(f"adapter {adapter} learns a prompt, which no weights can hold; merge LoRA adapters")
-    with atomic_path(out) as temporary:
-        loaded.merge_and_unload().save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    return str(out)
-
-
 def _check_base_file(path: str, fingerprint: str, model: PreTrainedModel) -> None:
     if not Path(path).exists() and (Path(path).is_absolute() or Path(path).parent.is_dir()):
         raise ModelMismatchError(f"adapter {path}: no such folder; train it first or check the path")

@@ -22,10 +22,12 @@ from .demonstrations import tokenize_demonstrations
 from .errors import ConfigError
 from .evaluate import evaluate_verdicts, format_interval, preference_accuracy
 from .export import export_completions
+from .locks import locked
 from .pair import pair
 from .preferences import tokenize_pairs
 from .problems import load_problems
 from .rac import CorrectionSettings, correction_report
+from .record_file import RecordFile
 from .records import Record, atomic_path, read_records
 from .sample import SampleConfig, sample_completions, sample_settings
 from .stages import is_complete, read_manifest
@@ -77,7 +79,15 @@ class Chain:
         self.settings = Settings(config, self.out)
 
     def run(self) -> dict[str, Any]:
-        """Runs all stages; returns, and writes to `summary.json`, the table and what was counted on the way."""
+        """Runs all stages; returns, and writes to `summary.json`, the table and what was counted on the way.
+
+        Raises:
+            RecordFileError: another process works in the run's folder.
+        """
+        with locked(self.out):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         counts: dict[str, Any] = self.make_pairs()
         for name in self.config.methods:
             counts[f"train {name}"] = self.train(name, counts)
@@ -168,14 +178,14 @@ class Chain:
             "pad_token_id": self.tokenizer().pad_token_id
         }
 
-    def _referenced(self) -> list[Record]:
-        return read_records(self.out / SCORED["reference"])
+    def _referenced(self) -> RecordFile:
+        return RecordFile(self.out / SCORED["reference"])
 
     def _score_reference(self, path: Path, _counts: dict[str, Any]) -> dict[str, Any]:
         from .scoring.pairs import score_settings
         from .scoring.reference import score_reference
 
-        pairs, identity = read_records(self.out / "pairs.jsonl"), self.identity()
+        pairs, identity = RecordFile(self.out / "pairs.jsonl"), self.identity()
         if is_complete(path, "score reference", score_settings(pairs, self.config.score.get("max_length"), identity)):
             return read_manifest(path)["counts"]  # before a model is loaded for nothing, as below
         return score_reference(self.load()[0], pairs, path, settings=identity, **self._scoring())
@@ -189,7 +199,7 @@ class Chain:
 
         adapters = {name: str(self.out / "contrastive" / name) for name in ("positive", "negative")}
         for name, folder in adapters.items():
-            train_sft(self.config.model, read_records(self.out / f"{name}.jsonl"), folder, **self.config.contrastive)
+            train_sft(self.config.model, RecordFile(self.out / f"{name}.jsonl"), folder, **self.config.contrastive)
         pairs, identity, beta = self._referenced(), self.identity(**adapters), self.config.score.get("beta", 1.0)
         settings = score_settings(pairs, self.config.score.get("max_length"), {"beta": beta, **identity})
         if is_complete(path, "score contrastive", settings):
@@ -215,7 +225,7 @@ class Chain:
         )
         return str(guide)
 
-    def _guidance(self, guide: str | Path, pairs: list[Record], path: Path) -> dict[str, Any]:
+    def _guidance(self, guide: str | Path, pairs: Sequence[Record], path: Path) -> dict[str, Any]:
         """Log-ratios of a trained policy and the base, on pairs."""
         from .scoring.guidance import load_guide, score_guidance
         from .scoring.pairs import score_settings
@@ -255,9 +265,9 @@ class Chain:
             return counts[f"train {name}"]
         settings, method = self.config.methods[name], METHODS[name]
         if method.scores is None:
-            demonstrations = read_records(self._demonstrations(method.learns, counts))
+            demonstrations = RecordFile(self._demonstrations(method.learns, counts))
             return train_sft(self.config.model, demonstrations, self.out / name, method=method.trainer, **settings)
-        pairs = read_records(self.score(method.scores, counts))
+        pairs = RecordFile(self.score(method.scores, counts))
         return train_preference(method.trainer, self.config.model, pairs, self.out / name, **settings)
 
     def evaluate(self, name: str) -> dict[str, Any]:
@@ -284,7 +294,7 @@ class Chain:
         if self.config.test_pairs and adapter is not None:
             held_out, path = self.out / "test" / "pairs.jsonl", self.out / "test" / f"{name}-pairs.jsonl"
             self._tokenize({"split": "test", **self.config.test_pairs}, held_out)
-            self._guidance(adapter, read_records(held_out), path)
+            self._guidance(adapter, RecordFile(held_out), path)
             accuracy = preference_accuracy(read_records(path))
             found |= {"preference": accuracy["preference"], "pairs": accuracy["n"]}
         return found
@@ -302,7 +312,8 @@ class Chain:
         summary = {"table": table, "scores": scores, "counts": counts, "exports": exports, "page": None}
         summary |= _on_main(lambda: self._write_page(table)) or {}
         if _is_main():
-            with atomic_path(self.out / "summary.json") as temporary:
+            path = self.out / "summary.json"
+            with locked(path), atomic_path(path) as temporary:
                 temporary.write_text(json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8")
         return summary
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,10 +88,13 @@ def tokenize_pairs(
             rows.append({"_row": index, **kept})
         return rows
 
-    def finish(rows: list[Record]) -> None:
-        dropped.update(row["_reason"] for row in rows if "_reason" in row)
-        rows[:] = [row for row in rows if "_reason" not in row]
-        if not rows:
+    def finish(rows: Sequence[Record]) -> Iterator[Record]:
+        for row in rows:
+            if "_reason" in row:
+                dropped[row["_reason"]] += 1
+            else:
+                yield row
+        if dropped.total() == total:
             raise RecordError(f"{source}: none of its {total} rows can be used ({dict(dropped)}); raise the limits")
 
     return run_in_parts(

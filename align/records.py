@@ -6,16 +6,20 @@ same row as the token ids it belongs to, one number per id, EOS included (`TOKEN
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .errors import MissingColumnError, RecordError, RecordFileError
+from .errors import AlignError, MissingColumnError, RecordError, RecordFileError
 
 Record = dict[str, Any]
 
@@ -35,6 +39,9 @@ REQUIRED = {
 TOKEN_COLUMNS = ("ce_scores", "guidance_logratios", "ref_logps", "weights", "entropies", "rollout_values")
 
 _ID_COLUMNS = ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids")
+#: Rows of a group of a Parquet file.
+ROWS_PER_GROUP = 10_000
+
 _TEXT_COLUMNS = ("answer", "completion", "finish_reason")
 
 
@@ -56,18 +63,24 @@ def read_records(path: str | os.PathLike, kind: str | None = None) -> list[Recor
         MissingColumnError: a required column is not there.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in (".jsonl", ".parquet"):
-        raise RecordFileError(f"{path}: cannot tell the format from the ending {suffix!r}; use .jsonl or .parquet")
-    if not path.is_file():
-        raise RecordFileError(f"{path}: no such file; run the stage that writes it first, or check the path")
-    rows = list(_read_jsonl(path)) if suffix == ".jsonl" else _read_parquet(path)
+    rows = list(read_jsonl(path)) if check_file(path) == ".jsonl" else _read_parquet(path)
     if kind is not None:
         check_records(rows, kind, source=str(path))
     return rows
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
+def check_file(path: Path) -> str:
+    """The ending of a file of records: `.jsonl` or `.parquet`; a RecordFileError where it is another, or there is no file."""
+    suffix = path.suffix.lower()
+    if suffix not in (".jsonl", ".parquet"):
+        raise RecordFileError(f"{path}: cannot tell the format from the ending {suffix!r}; use .jsonl or .parquet")
+    if not path.is_file():
+        raise RecordFileError(f"{path}: no such file; run the stage that writes it first, or check the path")
+    return suffix
+
+
+def read_jsonl(path: Path) -> Iterator[Record]:
+    """The rows of a JSONL file, one after the other; errors as in `read_records`."""
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
@@ -101,19 +114,94 @@ def _read_parquet(path: Path) -> list[Record]:
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Gives a temporary path beside `path`, for a file or a folder, that replaces it when the block ends, and vanishes when
-    it fails."""
+    it fails. What replaced it survives a power cut.
+
+    Raises:
+        RecordFileError: the disk is full, say; the message has the remedy.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        sync(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise RecordFileError(f"{path}: cannot be written: {error.strerror or error}") from error
+        _sync_folder(path.parent)
+    except AlignError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and not failed_write(error):
+            raise
+        raise write_error(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
             temporary.unlink()
+
+
+def sync(path: Path) -> None:
+    """Has the system put a file, or all files of a folder, on the disk: a rename may outlive a power cut that their bytes do not."""
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if not file.is_dir():
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    for folder in [path, *path.rglob("*")] if path.is_dir() else []:
+        if folder.is_dir():
+            _sync_folder(folder)
+
+
+def _sync_folder(path: Path) -> None:
+    with suppress(OSError):  # some network file systems know no such thing
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+#: What to do where the system refuses a write, by its error number.
+_REMEDIES = {
+    errno.ENOSPC: "free space there and run it again",
+    errno.EDQUOT: "free space there, or have the quota raised, and run it again",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or write to another file system, and run it again",
+    errno.EROFS: "give an output in a folder that can be written to",
+    errno.EACCES: "give an output in a folder that you may write to",
+    errno.EPERM: "give an output in a folder that you may write to",
+    errno.ENOTDIR: "a file stands where a folder is needed: give another output, or move the file",
+    errno.EEXIST: "a file stands where a folder is needed: give another output, or move the file",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+
+#: How pyarrow and safetensors spell an error number, and what torch says where a file takes no more.
+_NUMBER = re.compile(r"(?:os error|[Ee]rrno) (\d+)")
+_TORCH = ("PytorchStreamWriter failed", "unexpected pos ")
+
+
+def failed_write(error: BaseException) -> bool:
+    """Whether an error is the system's refusal of a write, be it passed on by a library that hides its number."""
+    return _number(error) in _REMEDIES
+
+
+def _number(error: BaseException) -> int | None:
+    """The system's number of an error."""
+    text = str(error)
+    if (number := getattr(error, "errno", None)) is not None:
+        return number
+    if found := _NUMBER.search(text):
+        return int(found[1])
+    # torch.save does not say why; this is why, but for a limit on file sizes.
+    return errno.ENOSPC if any(words in text for words in _TORCH) else None
+
+
+def write_error(path: str | os.PathLike, error: BaseException) -> RecordFileError:
+    """A RecordFileError that names `path`, what the system said, and the remedy."""
+    number = _number(error)
+    reason = os.strerror(number) if number else " ".join(str(error).split())[:200]
+    remedy = f"; {_REMEDIES[number]}" if number in _REMEDIES else ""
+    return RecordFileError(f"{path}: cannot be written: {reason}{remedy}")
 
 
 def check_output(path: str | os.PathLike) -> None:
@@ -129,8 +217,11 @@ def check_output(path: str | os.PathLike) -> None:
         raise RecordFileError(f"{path} is a folder; give the name of a file in it")
 
 
-def write_records(path: str | os.PathLike, rows: Sequence[Record]) -> None:
+def write_records(path: str | os.PathLike, rows: Iterable[Record]) -> None:
     """Writes records as JSONL or Parquet, by file ending; the file appears whole or not at all.
+
+    Args:
+        rows: for Parquet a sequence, which is gone through twice; of neither more than a few thousand are held at a time.
 
     Raises:
         RecordFileError: the ending is unknown or the file cannot be written.
@@ -139,11 +230,7 @@ def write_records(path: str | os.PathLike, rows: Sequence[Record]) -> None:
     path = Path(path)
     check_output(path)
     if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        with atomic_path(path) as temporary:
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), temporary)
+        _write_parquet(path, rows)
     else:
         with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for index, row in enumerate(rows):
@@ -153,6 +240,27 @@ def write_records(path: str | os.PathLike, rows: Sequence[Record]) -> None:
                     raise RecordError(f"{path}, {row_name(row, index)}: cannot be written as JSON: {error}") from None
 
 
+def _write_parquet(path: Path, rows: Iterable[Record]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    def tables() -> Iterator[pyarrow.Table]:
+        there = iter(rows)
+        while part := list(islice(there, ROWS_PER_GROUP)):
+            yield pyarrow.Table.from_pylist(part)
+
+    with atomic_path(path) as temporary:
+        # A column may be null, or of whole numbers, for thousands of rows before its type shows.
+        schemas = [table.schema for table in tables()]
+        schema = pyarrow.unify_schemas(schemas, promote_options="permissive") if schemas else pyarrow.schema([])
+        with pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
+            for table in tables():
+                missing = [name for name in schema.names if name not in table.column_names]
+                for name in missing:
+                    table = table.append_column(name, pyarrow.nulls(len(table)))
+                writer.write_table(table.select(schema.names).cast(schema))
+
+
 def check_records(rows: Iterable[Mapping[str, Any]], kind: str, source: str = "records") -> None:
     """Checks that rows are records of `kind`: columns present, ids integers, token-level columns as long as their ids.
 
@@ -160,7 +268,16 @@ def check_records(rows: Iterable[Mapping[str, Any]], kind: str, source: str = "r
         MissingColumnError: a required column is missing from a row.
         RecordError: a value has the wrong type, length or range, or a problem or a draw occurs twice.
     """
-    seen: set[Any] = set()
+    if getattr(rows, "kind", None) == kind:
+        return  # a RecordFile, checked as it was opened
+    seen: set[bytes] = set()
+
+    def occurs_twice(*key: Any) -> bool:
+        # A million ids of any length, in the memory of a million hashes.
+        known = len(seen)
+        seen.add(hashlib.blake2b(repr(key).encode(errors="surrogatepass"), digest_size=16).digest())
+        return len(seen) == known
+
     for index, row in enumerate(rows):
         name = f"{source}, {row_name(row, index)}"
         for column in REQUIRED[kind]:
@@ -170,18 +287,15 @@ def check_records(rows: Iterable[Mapping[str, Any]], kind: str, source: str = "r
                 )
         if not isinstance(row["id"], str) or not row["id"]:
             raise RecordError(f"{name}: id {row['id']!r} must be a non-empty string")
-        if kind == "problem":
-            if row["id"] in seen:
-                raise RecordError(f"{name}: the id occurs twice; ids of problems must be unique")
-            seen.add(row["id"])
+        if kind == "problem" and occurs_twice(row["id"]):
+            raise RecordError(f"{name}: the id occurs twice; ids of problems must be unique")
         if kind in ("sample", "verdict"):
             if not isinstance(row["sample"], int) or isinstance(row["sample"], bool):
                 raise RecordError(f"{name}: sample {row['sample']!r} must be an integer, the number of the draw")
-            if (row["id"], row["sample"]) in seen:
+            if occurs_twice(row["id"], row["sample"]):
                 raise RecordError(
                     f"{name}: sample {row['sample']} of this problem occurs twice; remove one, or renumber"
                 )
-            seen.add((row["id"], row["sample"]))
         if kind == "verdict":
             if not isinstance(row["correct"], bool):
                 raise RecordError(f"{name}: correct {row['correct']!r} must be true or false")

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, MissingColumnError, RecordError
+from .locks import locked
 from .logps import Batch, completion_logits, per_token
 from .records import Record, read_records, row_name
 from .stages import records_hash, run_in_parts, write_chosen
@@ -220,23 +221,24 @@ def select_traces(
             for i, (row, found) in enumerate(zip(part, numbers, strict=True))
         ]
 
-    def finish(rows: list[Record]) -> None:
-        debiased = debiased_means([r["mean_logp"] for r in rows], [r["first_token_share"] for r in rows])
-        for row, value in zip(rows, debiased, strict=True):
-            row["mean_logp_debiased"] = value
+    def finish(rows: Sequence[Record]) -> Iterator[Record]:
+        numbers = [(row["mean_logp"], row["first_token_share"]) for row in rows]
+        debiased = debiased_means(*zip(*numbers, strict=True))
+        return (row | {"mean_logp_debiased": value} for row, value in zip(rows, debiased, strict=True))
 
     # The same whatever is kept: a score is computed once for all rules.
     scoring = {"step_separator": config.step_separator, "traces": records_hash(right), **(settings or {})}
-    run_in_parts(
-        scores_path, range(0, len(right), PART), compute, stage="select", settings=scoring,
-        order=lambda row: row.pop("_row"), finish=finish,
-    )  # fmt: skip
-    kept = keep(read_records(scores_path), config)
-    counts = {
-        "rows": len(kept), "traces": len(traces), "empty": len(traces) - len(there), **refused,
-        "problems": len({row["id"] for row in kept}),
-    }  # fmt: skip
-    write_chosen(out_path, kept, "select", select_settings(traces, config, settings), counts)
+    with locked(out_path):
+        run_in_parts(
+            scores_path, range(0, len(right), PART), compute, stage="select", settings=scoring,
+            order=lambda row: row.pop("_row"), finish=finish,
+        )  # fmt: skip
+        kept = keep(read_records(scores_path), config)
+        counts = {
+            "rows": len(kept), "traces": len(traces), "empty": len(traces) - len(there), **refused,
+            "problems": len({row["id"] for row in kept}),
+        }  # fmt: skip
+        write_chosen(out_path, kept, "select", select_settings(traces, config, settings), counts)
     return counts
 
 

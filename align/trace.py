@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, RecordError
+from .locks import locked
 from .records import Record, check_records, read_records
 from .rsd import TEACHER, RSDConfig, Trace, reverse_speculative_decode
 from .sample import end_token_ids
@@ -122,17 +123,18 @@ def trace_problems(
         speed = tokens / max(1e-9, sum(row["seconds"] for row in rows))
         return f"{speed:.0f} tokens/s, {_acceptance(rows):.0%} of proposals accepted"
 
-    def finish(rows: list[Record]) -> None:
-        for row in rows:
-            row.pop("seconds")  # the rows of two runs are the same
+    def finish(rows: Sequence[Record]) -> Iterator[Record]:
+        # The rows of two runs are the same.
+        return ({key: value for key, value in row.items() if key != "seconds"} for row in rows)
 
     depends, drawn = trace_settings(problems, rsd, config, settings)
-    counts = run_in_parts(
-        out_path, batches, compute, stage="trace", settings=drawn, order=lambda row: row.pop("_row"), finish=finish,
-        count=lambda rows: _count(rows) | {"prompt_too_long_for_us": len(problems) - len(places)}, note=note,
-    )  # fmt: skip
-    chosen, more = choose(read_records(out_path), config)
-    write_chosen(kept_path, chosen, "trace kept", depends, more)
+    with locked(kept_path):
+        counts = run_in_parts(
+            out_path, batches, compute, stage="trace", settings=drawn, order=lambda row: row.pop("_row"), finish=finish,
+            count=lambda rows: _count(rows) | {"prompt_too_long_for_us": len(problems) - len(places)}, note=note,
+        )  # fmt: skip
+        chosen, more = choose(read_records(out_path), config)
+        write_chosen(kept_path, chosen, "trace kept", depends, more)
     return counts | more
 
 

@@ -12,7 +12,7 @@ import typer
 from align.config import read_config
 from align.errors import AlignError
 from align.processes import process_state
-from align.records import read_records
+from align.record_file import RecordFile
 from align.trainers.training import train_preference
 
 
@@ -26,7 +26,7 @@ def main(
     try:
         settings = read_config(config, set_)
         counts = train_preference(
-            "dpo", settings.model, read_records(data, "pair"), output, **settings.methods.get("dpo", {})
+            "dpo", settings.model, RecordFile(data, "pair"), output, **settings.methods.get("dpo", {})
         )
     except AlignError as error:
         sys.exit(f"align: {error}")

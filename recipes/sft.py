@@ -12,7 +12,7 @@ import typer
 from align.config import read_config
 from align.errors import AlignError
 from align.processes import process_state
-from align.records import read_records
+from align.record_file import RecordFile
 from align.trainers.training import train_sft
 
 
@@ -25,9 +25,7 @@ def main(
     """Trains, and prints where the result is."""
     try:
         settings = read_config(config, set_)
-        counts = train_sft(
-            settings.model, read_records(data, "demonstration"), output, **settings.methods.get("sft", {})
-        )
+        counts = train_sft(settings.model, RecordFile(data, "demonstration"), output, **settings.methods.get("sft", {}))
     except AlignError as error:
         sys.exit(f"align: {error}")
     if process_state().is_main_process:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
@@ -80,21 +81,30 @@ def score_entropy(
         options = {"pad_token_id": pad_token_id, "max_tokens_per_batch": max_tokens_per_batch}
         return {"entropies": token_entropies(model, rows, adapter=adapter, **options)}
 
-    def threshold(rows: list[Record]) -> float:
-        values = sorted((v for row in rows for side in SIDES for v in row[f"{side}_entropies"]), reverse=True)
-        return values[math.ceil(top * len(values)) - 1]
+    found = {"kept": 0, "threshold": 0.0}
 
-    def finish(rows: list[Record]) -> None:
-        least = threshold(rows)
+    def finish(rows: Sequence[Record]) -> Iterator[Record]:
+        values = array("f")  # what they were computed in: nothing is lost
+        for row in rows:
+            for side in SIDES:
+                values.extend(row[f"{side}_entropies"])
+        least = found["threshold"] = _largest(values, math.ceil(top * len(values)))
         for row in rows:
             for side in SIDES:
                 row[f"{side}_weights"] = [float(value >= least) for value in row[f"{side}_entropies"]]
-
-    def count(rows: list[Record]) -> dict[str, float]:
-        kept = sum(sum(row[f"{side}_weights"]) for row in rows for side in SIDES)
-        return {"kept": int(kept), "threshold": threshold(rows)}
+                found["kept"] += int(sum(row[f"{side}_weights"]))
+            yield row
 
     return score_stage(
         pairs, out_path, both_sides(compute), model=model, max_length=max_length, stage="score entropy",
-        settings={"top": top, **(settings or {})}, adds=("weights",), finish=finish, count=count,
+        settings={"top": top, **(settings or {})}, adds=("weights",), finish=finish, count=lambda _: found,
     )  # fmt: skip
+
+
+def _largest(values: array, k: int) -> float:
+    """The k-th largest of float32 numbers, which are put into another order."""
+    import numpy
+
+    numbers = numpy.frombuffer(values, dtype=numpy.float32)
+    numbers.partition(len(numbers) - k)
+    return float(numbers[len(numbers) - k])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RecordError
@@ -57,20 +58,20 @@ def score_stage(
     settings: dict[str, Any],
     adds: Sequence[str] = (),
     per_part: int = PAIRS_PER_PART,
-    finish: Callable[[list[Record]], None] | None = None,
-    count: Callable[[list[Record]], Mapping[str, Any]] | None = None,
+    finish: Callable[[Sequence[Record]], Iterable[Record]] | None = None,
+    count: Callable[[Sequence[Record]], Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Adds columns to pairs; checks every row before the first forward pass.
 
     Args:
+        pairs: a list, or a `RecordFile`, of which a part is in memory at a time.
         compute: number of a part and its pairs -> per pair, the columns to add. See `both_sides`.
         model: for its vocabulary size.
         max_length: longest prompt and completion together, in tokens; longer pairs are left out and counted.
         settings: what the numbers depend on besides the pairs.
         adds: token-level columns, without their side, that the pairs must not have yet: a user's own must not vanish.
         per_part: pairs of a part.
-        finish: last word on all rows, in place; for numbers that depend on the whole data set.
-        count: further counts, from all rows.
+        finish, count: see `run_in_parts`; for numbers that depend on the whole data set, and further counts.
 
     Returns:
         Counts: `rows`, `too_long`, `tokens`, and what `count` gives.
@@ -78,9 +79,9 @@ def score_stage(
     Raises:
         RecordError, MissingColumnError: a row does not fit the model or the schema.
     """
-    pairs = list(pairs)
     check_records(pairs, "pair", source="pairs")
     size = vocab_size(model)
+    lengths, tokens = array("q"), array("q")
     for index, pair in enumerate(pairs):
         check_pair_ids(pair, index, size)
         present = [f"{side}_{column}" for side in SIDES for column in adds if f"{side}_{column}" in pair]
@@ -89,16 +90,21 @@ def score_stage(
                 f"pairs, row {index} (id {pair['id']!r}): has {', '.join(present)} already, which {stage} would replace; "
                 "remove or rename them"
             )
-    kept = [(index, pair) for index, pair in enumerate(pairs) if max_length is None or _length(pair) <= max_length]
+        completions = [len(pair[f"{side}_ids"]) for side in SIDES]
+        lengths.append(len(pair["prompt_ids"]) + max(completions))
+        tokens.append(sum(completions))
+    kept = [index for index, length in enumerate(lengths) if max_length is None or length <= max_length]
     if not kept:
         raise RecordError(f"none of the {len(pairs)} pairs fits max_length = {max_length}; raise it or check the pairs")
+    counts = {"too_long": len(pairs) - len(kept), "tokens": sum(tokens[index] for index in kept)}
     # Pairs of similar length share a part, so that batches within it carry little padding.
-    kept.sort(key=lambda item: -_length(item[1]))
-    parts = [kept[i : i + per_part] for i in range(0, len(kept), per_part)]
+    by_length = array("q", sorted(kept, key=lambda index: -lengths[index]))
+    parts = [by_length[i : i + per_part] for i in range(0, len(by_length), per_part)]
 
-    def compute_part(number: int, part: list[tuple[int, Record]]) -> list[Record]:
-        added = compute(number, [pair for _, pair in part])
-        return [pair | new | {"_row": index} for (index, pair), new in zip(part, added, strict=True)]
+    def compute_part(number: int, part: Sequence[int]) -> list[Record]:
+        those = [pairs[index] for index in part]
+        added = compute(number, those)
+        return [pair | new | {"_row": index} for index, pair, new in zip(part, those, added, strict=True)]
 
     return run_in_parts(
         out_path,
@@ -108,18 +114,10 @@ def score_stage(
         settings=score_settings(pairs, max_length, settings),
         order=lambda row: row.pop("_row"),
         finish=finish,
-        count=lambda rows: {
-            "too_long": len(pairs) - len(rows),
-            "tokens": sum(len(row[f"{side}_ids"]) for row in rows for side in SIDES),
-            **(count(rows) if count else {}),
-        },
+        count=lambda rows: counts | dict(count(rows) if count else {}),
     )
 
 
 def score_settings(pairs: Sequence[Record], max_length: int | None, settings: dict[str, Any]) -> dict[str, Any]:
     """What a scoring stage's output depends on; with it `stages.is_complete` tells whether there is work left."""
-    return {**settings, "pairs": records_hash(list(pairs)), "max_length": max_length}
-
-
-def _length(pair: Record) -> int:
-    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+    return {**settings, "pairs": records_hash(pairs), "max_length": max_length}

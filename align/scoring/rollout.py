@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -162,15 +162,18 @@ def roll_out(
     ]
 
 
-def _check_budget(completions: Sequence[tuple[str, Sequence[int]]], config: RolloutConfig) -> None:
+def _check_budget(completions: Iterable[tuple[str, Sequence[int]]], config: RolloutConfig) -> None:
     """Raises ConfigError where a completion (its name, its ids) is longer than continuations may get."""
-    longest = max((len(ids) for _, ids in completions), default=0)
+    longest, first = 0, None
     for name, ids in completions:
-        if len(ids) > config.max_new_tokens:
-            raise ConfigError(
-                f"{name} has {len(ids)} tokens, more than max_new_tokens = {config.max_new_tokens}; its continuations "
-                f"would be cut before they end. Set max_new_tokens to {longest} or more, or leave out long rows"
-            )
+        longest = max(longest, len(ids))
+        if first is None and len(ids) > config.max_new_tokens:
+            first = f"{name} has {len(ids)} tokens"
+    if first is not None:
+        raise ConfigError(
+            f"{first}, more than max_new_tokens = {config.max_new_tokens}; its continuations "
+            f"would be cut before they end. Set max_new_tokens to {longest} or more, or leave out long rows"
+        )
 
 
 @dataclass
@@ -341,9 +344,12 @@ def score_rollout(
             )
     check_records(pairs, "pair", source="pairs")
     sides = SIDES if config.weight_chosen else SIDES[1:]
-    lengths = [len(pair["prompt_ids"]) + max(len(pair[f"{side}_ids"]) for side in SIDES) for pair in pairs]
-    kept = [i for i, length in enumerate(lengths) if max_length is None or length <= max_length]
-    named = [(f"pairs, {row_name(pairs[i], i)}: {side}", pairs[i][f"{side}_ids"]) for i in kept for side in sides]
+    named = (
+        (f"pairs, {row_name(pair, i)}: {side}", pair[f"{side}_ids"])
+        for i, pair in enumerate(pairs)
+        for side in sides
+        if max_length is None or len(pair["prompt_ids"]) + max(len(pair[f"{s}_ids"]) for s in SIDES) <= max_length
+    )
     _check_budget(named, config)
 
     def compute(number: int, part: list[Record]) -> list[Record]:
@@ -362,14 +368,16 @@ def score_rollout(
             added.append(new | {"critical_with": rollout.with_critical, "critical_without": rollout.without})
         return added
 
-    drawn: list[list[float]] = []
+    drawn = [0.0, 0, 0]
 
-    def finish(rows: list[Record]) -> None:
+    def finish(rows: Sequence[Record]) -> Iterator[Record]:
         for row in rows:
-            drawn.extend(row.pop("_drawn"))
+            for numbers in row.pop("_drawn"):
+                drawn[:] = [total + number for total, number in zip(drawn, numbers, strict=True)]
+            yield row
 
-    def count(rows: list[Record]) -> dict[str, Any]:
-        forward, independent, cut = map(sum, zip(*drawn, strict=True))
+    def count(rows: Sequence[Record]) -> dict[str, Any]:
+        forward, independent, cut = drawn
         return _count(rows, config) | {"cut": cut, "forward_tokens": round(forward), "independent_tokens": independent}
 
     return score_stage(
@@ -384,16 +392,17 @@ def rollout_settings(config: RolloutConfig, settings: dict[str, Any] | None) -> 
     return {**{k: v for k, v in asdict(config).items() if k != "sampling"}, **(settings or {})}
 
 
-def _count(rows: list[Record], config: RolloutConfig) -> dict[str, Any]:
-    found = [row for row in rows if row["critical"] is not None]
-    both = [row for row in found if row["critical_without"] is not None]
-    counts: dict[str, Any] = {
-        "critical": len(found),
-        "lost_from_start": sum(row["prompt_value"] <= config.threshold for row in rows),
-    }
+def _count(rows: Sequence[Record], config: RolloutConfig) -> dict[str, Any]:
+    lost, found, both = 0, 0, []
+    for row in rows:
+        lost += row["prompt_value"] <= config.threshold
+        found += row["critical"] is not None
+        if row["critical"] is not None and row["critical_without"] is not None:
+            both.append({name: row[f"critical_{name}"] for name in ("with", "without")})
+    counts: dict[str, Any] = {"critical": found, "lost_from_start": lost}
     if config.ks:
-        counts["without_alternative"] = len(found) - len(both)
+        counts["without_alternative"] = found - len(both)
         for k in config.ks if both else ():
             for name in ("with", "without"):
-                counts[f"pass@{k} {name}"] = fmean(pass_at_k(config.n, row[f"critical_{name}"], k) for row in both)
+                counts[f"pass@{k} {name}"] = fmean(pass_at_k(config.n, row[name], k) for row in both)
     return counts
