@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, ModelLoadError, ModelMismatchError
 from .records import atomic_path
-from .safety import check_folder, check_templates, no_pickles
+from .safety import check_templates, no_pickles
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,6 @@ def load_model(
 
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
-    check_folder(path)
     process = process_state()
     kwargs: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
@@ -95,7 +94,7 @@ def load_model(
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
     try:
-        with no_pickles():
+        with no_pickles(path):
             model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except ModelLoadError:
         raise
@@ -245,9 +244,8 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftMo
     wrapped: Any = None
     for name, path in adapters.items():
         _check_base_file(path, fingerprint, model)
-        check_folder(path)
         try:
-            with no_pickles():
+            with no_pickles(path):
                 if wrapped is None:
                     wrapped = PeftModel.from_pretrained(model, path, adapter_name=name)
                 else:

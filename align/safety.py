@@ -97,16 +97,23 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def no_pickles() -> Iterator[None]:
-    """Lets `torch.load` refuse within the block, with the file's name.
+def no_pickles(*paths: Any) -> Iterator[None]:
+    """Lets `torch.load` refuse within the block, with the file's name; models are loaded in it.
 
     Asking transformers and PEFT for safetensors is not enough: PEFT takes `adapter_model.bin` where there is nothing else, and
     transformers follows an index to pickles.
+
+    Args:
+        paths: what is about to be loaded, see `check_folder`; what is no text is a model already, and passes.
 
     Raises:
         ModelLoadError: something was to be unpickled.
     """
     import torch
+
+    for path in paths:
+        if isinstance(path, (str, Path)):
+            check_folder(path)
 
     def refuse(file: Any, *_args: Any, **_kwargs: Any) -> Any:
         raise ModelLoadError(pickle_message(getattr(file, "name", file)))
@@ -145,4 +152,6 @@ def check_checkpoint(checkpoint: str | Path, folder: str | Path) -> None:
     best = _read(checkpoint / "trainer_state.json").get("best_model_checkpoint")
     for named in (checkpoint, best):
         if named is not None and Path(named).resolve().parent != home:
-            raise RecordFileError(f"{checkpoint}: leads to {named}, outside {folder}; remove the checkpoint to train without it")
+            raise RecordFileError(
+                f"{checkpoint}: leads to {named}, outside {folder}; remove the checkpoint to train without it"
+            )

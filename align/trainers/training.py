@@ -22,6 +22,7 @@ from ..locks import locked
 from ..models import base_fingerprint, load_model, load_tokenizer, model_identity, vocab_size, write_base_file
 from ..processes import process_state
 from ..records import Record, check_records, failed_write, sync, write_error
+from ..safety import check_checkpoint
 from ..stages import is_complete, manifest_path, read_manifest, records_hash, write_manifest
 from ..tokens import check_row_ids
 from .cdpo import CDPOTrainer
@@ -241,7 +242,10 @@ def _train_alone(
     tokenizer = load_tokenizer(model["path"], trust_remote_code=model.get("trust_remote_code", False))
     fingerprint = base_fingerprint(base)
     trainer = build(base, tokenizer, working)
-    result = trainer.train(resume_from_checkpoint=last_whole_checkpoint(working, trainer.args))
+    checkpoint = last_whole_checkpoint(working, trainer.args)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, working)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(working / "final"))
     counts = {
         "steps": result.global_step,
