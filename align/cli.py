@@ -65,7 +65,7 @@ def sample(
 ) -> None:
     """Draws n completions per problem.
 
-    Example: align sample data/tiny-arithmetic/test.jsonl samples.jsonl --model data/tiny-arithmetic/model --n 4 --dtype float32
+    Example: align sample data/tiny-arithmetic/test.jsonl samples.jsonl --model data/tiny-arithmetic/model --n 4 --limit 40 --dtype float32
     """
     from .problems import load_problems
     from .sample import SampleConfig, sample_completions, sample_settings
@@ -141,7 +141,7 @@ def tokenize(
 ) -> None:
     """Makes pairs of a preference data set: prompt, chosen, rejected, as text or messages.
 
-    Example: align tokenize preferences.jsonl pairs.jsonl --model data/tiny-arithmetic/model
+    Example: align tokenize preferences.jsonl tokenized.jsonl --model data/tiny-arithmetic/model
     """
     from .models import load_tokenizer, model_identity
     from .preferences import tokenize_pairs
@@ -228,9 +228,9 @@ def merge(
 ) -> None:
     """Merges a LoRA adapter into its base: a model of its own, to train another adapter on.
 
-    Example: align merge merged --model data/tiny-arithmetic/model --adapter positive --dtype float32
+    Example: align merge merged --model data/tiny-arithmetic/model --adapter runs/positive --dtype float32
     """
-    from .models import merge_adapter
+    from .merge import merge_adapter
 
     typer.echo(merge_adapter(model, adapter, out, dtype=dtype, trust_remote_code=trust_remote_code))
 

@@ -58,7 +58,7 @@ def bash(
 ) -> None:
     """Interleaves ground truth and own tokens; labels are the ground truth.
 
-    Example: align mix bash data/tiny-arithmetic/train.jsonl mixed.jsonl --model data/tiny-arithmetic/model --dtype float32 --limit 100
+    Example: align mix bash data/tiny-arithmetic/train.jsonl mixed.jsonl --model data/tiny-arithmetic/model --dtype float32 --limit 40
     """
     from .contexts import OwnTokens
     from .demonstrations import load_demonstrations
@@ -101,7 +101,7 @@ def rac(
 ) -> None:
     """Generates answers and puts cue and reference behind their beginnings; labels are cue and reference alone.
 
-    Example: align mix rac data/tiny-arithmetic/train.jsonl mixed.jsonl --model data/tiny-arithmetic/model --dtype float32 --limit 100
+    Example: align mix rac data/tiny-arithmetic/train.jsonl corrections.jsonl --model data/tiny-arithmetic/model --dtype float32 --limit 40 --max-new-tokens 80
     """
     from .demonstrations import load_demonstrations
     from .mix_stage import mix_rac

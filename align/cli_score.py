@@ -50,7 +50,7 @@ def contrastive(
 ) -> None:
     """Contrastive probability of every token, from two adapters over one base.
 
-    Example: align score contrastive pairs.jsonl scored.jsonl --model BASE --positive runs/positive --negative runs/negative
+    Example: align score contrastive pairs.jsonl scored.jsonl --model data/tiny-arithmetic/model --dtype float32 --positive runs/positive --negative runs/negative
     """
     from .models import load_adapters
     from .record_file import RecordFile
@@ -84,7 +84,7 @@ def reference(
 ) -> None:
     """Reference log-probability of every token, so that training needs no reference pass.
 
-    Example: align score reference pairs.jsonl referenced.jsonl --model BASE
+    Example: align score reference pairs.jsonl referenced.jsonl --model data/tiny-arithmetic/model --dtype float32
     """
     from .record_file import RecordFile
     from .scoring.reference import score_reference
@@ -116,7 +116,7 @@ def guidance(
 ) -> None:
     """Log-ratio of a guide and the reference for every token, and the reference's log-probability.
 
-    Example: align score guidance pairs.jsonl guided.jsonl --model BASE --guide runs/dpo
+    Example: align score guidance pairs.jsonl guided.jsonl --model data/tiny-arithmetic/model --dtype float32 --guide runs/dpo
     """
     from .record_file import RecordFile
     from .scoring.guidance import load_guide, score_guidance
@@ -150,7 +150,7 @@ def entropy(
 ) -> None:
     """Weight 1 for the tokens at which the policy is least certain, 0 for the others; and every token's entropy.
 
-    Example: align score entropy pairs.jsonl weighted.jsonl --model BASE --top 0.2
+    Example: align score entropy pairs.jsonl entropy.jsonl --model data/tiny-arithmetic/model --dtype float32 --top 0.2
     """
     from .record_file import RecordFile
     from .scoring.entropy import score_entropy
@@ -205,7 +205,7 @@ def rollout(
 ) -> None:
     """Ground truth for critical tokens: how often the model still gets the answer after each token of a rejected solution.
 
-    Example: align score rollout pairs.jsonl weighted.jsonl --model BASE --n 16 --max-new-tokens 80 --k 4
+    Example: align score rollout pairs.jsonl rollouts.jsonl --model data/tiny-arithmetic/model --dtype float32 --n 16 --max-new-tokens 80 --k 4
     """
     from .record_file import RecordFile
     from .scoring.rollout import RolloutConfig, rollout_settings, score_rollout

@@ -62,7 +62,7 @@ def trace(
 ) -> None:
     """Draws traces by reverse speculative decoding, verifies them, and keeps the ones to train on.
 
-    Example: align trace data/tiny-arithmetic/train.jsonl traces.jsonl --kept kept.jsonl --teacher teacher --student data/tiny-arithmetic/model --dtype float32 --limit 40 --n 4 --max-new-tokens 80
+    Example: align trace data/tiny-arithmetic/train.jsonl traces.jsonl --kept kept.jsonl --teacher data/tiny-arithmetic/model --teacher-adapter runs/positive --student data/tiny-arithmetic/model --dtype float32 --limit 40 --n 4 --max-new-tokens 80
     """
     from .errors import ConfigError
     from .problems import load_problems

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from .logps import head_on, shares_prefixes
 from .losses import CHUNK
+from .models import base_model, cache_name
 from .prefix_tree import Row
 from .sample import SampleConfig, derived_seed, find_end, pad_left, run_generate
 from .tokens import pad_rows
@@ -100,7 +101,8 @@ class Continuations:
             place[len(prompt) - 1 : len(prompt) + len(completion) - 1] = True
         with torch.inference_mode(), head_on(model, predicting):
             output = model(input_ids=self._input_ids, attention_mask=mask, use_cache=self.share)
-            self._cache: Cache | None = output.past_key_values if self.share else None
+            name = cache_name(type(base_model(model)).forward)
+            self._cache: Cache | None = output[name] if self.share else None
             logits = output.logits[0]
             #: One `NextTokens` per row; and the second set, where asked for.
             self.next_tokens = self._draw(logits, seed)
@@ -189,7 +191,7 @@ class Continuations:
     def _from_cache(self, forks: list[Fork]) -> dict[str, torch.Tensor | Cache]:
         """What `generate` is given: ids up to each fork's token, and keys and values of what precedes it."""
         import torch
-        from transformers import DynamicCache
+        from transformers import DynamicCache, GenerationMixin
 
         device = self._input_ids.device
         visible = torch.tensor([len(self.rows[f.row][0]) + f.position for f in forks], device=device)[:, None]
@@ -207,7 +209,8 @@ class Continuations:
         ids = torch.where(mask, self._input_ids[rows, slots], self.tokenizer.pad_token_id)
         tokens = torch.tensor([[f.token] for f in forks], device=device)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        return {"input_ids": torch.cat([ids, tokens], 1), "attention_mask": mask.long(), "past_key_values": cache}
+        name = cache_name(GenerationMixin.prepare_inputs_for_generation)
+        return {"input_ids": torch.cat([ids, tokens], 1), "attention_mask": mask.long(), name: cache}
 
 
 def chain_draws(

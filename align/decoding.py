@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from .errors import ConfigError
 from .logps import configured_not_to_share, head_on
-from .models import active_adapter
+from .models import active_adapter, base_model, cache_name
 
 #: Share of slots left out from which on a cache is closed up, and the fewest slots for which that is worth its copy.
 LOOSE, WORTH = 0.25, 64
@@ -62,8 +62,11 @@ class Policy:
         """Most positions it knows; `None` where its configuration does not say."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def forward(self, **inputs: Any) -> tuple[torch.Tensor, Cache]:
+    def forward(self, cache: Cache, **inputs: Any) -> tuple[torch.Tensor, Cache]:
         """Logits (B, n, V) and the cache, grown by n slots."""
+        # Of the class: accelerate puts a wrapper without parameters on a model that it spreads over devices.
+        name = cache_name(type(base_model(self.model)).forward)
+        inputs[name] = cache
         if self.ids:
             own = self.own_ids()
             inputs["input_ids"] = own[inputs["input_ids"]]
@@ -77,7 +80,7 @@ class Policy:
             logits = logits[..., own]
             # Its own numbers of these tokens are no common ids.
             logits[..., [number for number in self.ids.values() if number not in self.ids]] = float("-inf")
-        return logits, output.past_key_values
+        return logits, output[name]
 
     def own_ids(self) -> torch.Tensor:
         """(V,) its own number of every common id."""
@@ -131,8 +134,8 @@ class Decoding:
         # A row that sees nothing at all would divide by zero; what it computes there is never looked at.
         mask[~mask.any(1), -1] = True
         logits, self.caches[number] = policy.forward(
-            input_ids=ids.to(policy.device), attention_mask=mask.long().to(policy.device),
-            position_ids=positions.to(policy.device), past_key_values=self.caches[number],
+            self.caches[number], input_ids=ids.to(policy.device), attention_mask=mask.long().to(policy.device),
+            position_ids=positions.to(policy.device),
         )  # fmt: skip
         return logits
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .errors import ConfigError, MissingColumnError, RecordError
+from .locks import locked
 from .records import Record, atomic_path, check_records, row_name
 
 #: What Arena-Hard-Auto's style control counts in an answer, code blocks left out.
@@ -60,7 +61,7 @@ def export_completions(
         seen.add(row["id"])
         instruction = _instruction(row, f"samples, {row_name(row, index)}")
         rows.append(_WRITERS[format_](row, instruction, model_name))
-    with atomic_path(out_path) as temporary:
+    with locked(out_path), atomic_path(out_path) as temporary:
         if format_ == "alpaca-eval":
             text = json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
         else:

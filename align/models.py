@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, ModelLoadError, ModelMismatchError
 from .records import atomic_path
+from .safety import check_templates, no_pickles
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +72,7 @@ def load_model(
 
     Raises:
         ConfigError: unknown dtype or quantization.
-        ModelLoadError: there is no model in safetensors at `path`.
+        ModelLoadError: there is no model in safetensors at `path`, or it needs code of its own.
         ModelMismatchError: the adapter does not belong to the base.
     """
     import torch
@@ -92,8 +94,11 @@ def load_model(
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    except OSError as error:
+        with no_pickles(path):
+            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    except ModelLoadError:
+        raise
+    except (OSError, ValueError) as error:
         raise ModelLoadError(_not_loaded(path, "model", error)) from error
     if quantized is None:
         model = model.to(process.device)
@@ -124,6 +129,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelLoadError(_not_loaded(path, "tokenizer", error)) from error
+    check_templates(tokenizer, path)
     if tokenizer.eos_token_id is None:
         raise ModelMismatchError(f"{path}: the tokenizer has no EOS token; set `eos_token` in its configuration")
     if tokenizer.pad_token_id is None:
@@ -132,6 +138,11 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def _not_loaded(path: str, what: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"{path}: the {what} needs code of its own (auto_map in its config.json or tokenizer_config.json), which is not "
+            "run; read it, and where you trust it give --trust-remote-code (trust_remote_code=True)"
+        )
     reason = " ".join(str(error).split())[:200]
     return f"{path}: no {what} can be loaded from there ({reason}); give a folder with safetensors or a hub name"
 
@@ -139,6 +150,17 @@ def _not_loaded(path: str, what: str, error: Exception) -> str:
 def vocab_size(model: PreTrainedModel | PeftModel) -> int:
     """Number of rows of the input embedding: ids from 0 to one below it can be fed."""
     return model.get_input_embeddings().weight.shape[0]
+
+
+def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model without the wrapper of its adapters, whose layers may still be in it."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def cache_name(function: Callable) -> str:
+    """What a function of transformers, a model's `forward` say, calls keys and values: `cache`, or, before transformers renamed
+    it and in models written before, `past_key_values`. The output of a `forward` calls them the same."""
+    return "cache" if "cache" in signature(function).parameters else "past_key_values"
 
 
 def base_fingerprint(model: PreTrainedModel | PeftModel) -> str:
@@ -150,7 +172,7 @@ def base_fingerprint(model: PreTrainedModel | PeftModel) -> str:
     """
     import torch
 
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = base_model(model)
     digest = hashlib.sha256()
     config = base.config.get_text_config()
     fields = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -212,6 +234,7 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftMo
         adapters: name -> folder or hub name.
 
     Raises:
+        ModelLoadError: its weights are pickles, or there are none.
         ModelMismatchError: an adapter was trained on another base: its recorded fingerprint differs, its weights have
             other shapes, or the base lacks the layers it adapts.
     """
@@ -222,10 +245,13 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftMo
     for name, path in adapters.items():
         _check_base_file(path, fingerprint, model)
         try:
-            if wrapped is None:
-                wrapped = PeftModel.from_pretrained(model, path, adapter_name=name, use_safetensors=True)
-            else:
-                wrapped.load_adapter(path, adapter_name=name, use_safetensors=True)
+            with no_pickles(path):
+                if wrapped is None:
+                    wrapped = PeftModel.from_pretrained(model, path, adapter_name=name)
+                else:
+                    wrapped.load_adapter(path, adapter_name=name)
+        except ModelLoadError:
+            raise
         except (RuntimeError, ValueError, KeyError) as error:
             if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
                 raise
@@ -235,36 +261,6 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftMo
                 "give the base it was trained on (base_model_name_or_path in its adapter_config.json)"
             ) from error
     return wrapped.eval()
-
-
-def merge_adapter(
-    model: str, adapter: str, out: str | Path, *, dtype: str = "bfloat16", trust_remote_code: bool = False
-) -> str:
-    """Writes a LoRA adapter merged into its base, with the tokenizer: what a further adapter is trained on.
-
-    Args:
-        model, adapter: hub names or folders.
-        out: folder to write; it must not be there, or be empty.
-        dtype: of the merged weights. An adapter trained on a quantized base is merged into the unquantized one, as usual.
-
-    Returns:
-        `out`.
-
-    Raises:
-        ConfigError: `out` holds something.
-        ModelMismatchError: see `load_adapters`; or the adapter is of a kind that cannot be merged.
-    """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists already; give another folder, or remove it yourself")
-    loaded = load_model(model, dtype=dtype, adapter=adapter, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    if any(config.is_prompt_learning for config in loaded.peft_config.values()):
-        raise ModelMismatchError(f"adapter {adapter} learns a prompt, which no weights can hold; merge LoRA adapters")
-    with atomic_path(out) as temporary:
-        loaded.merge_and_unload().save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    return str(out)
 
 
 def _check_base_file(path: str, fingerprint: str, model: PreTrainedModel) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 from .checks import check_apart, check_whole
 from .errors import ConfigError, RecordError
+from .locks import locked
 from .records import Record, check_output, check_records, read_records, write_records
 from .stages import file_hash, forget, is_complete, read_manifest, write_manifest
 from .verify import canonical_answer
@@ -170,9 +172,12 @@ def pair(
             f"{verdicts_path}: no problem has both a correct and a wrong completion ({dropped}); "
             "sample more completions per problem, or at another temperature"
         )
-    for path in paths:
-        forget(path)
-    for path, rows in zip(paths, (selection.positive, selection.negative, selection.pairs), strict=True):
-        write_records(path, rows)
-        write_manifest(path, "pair", settings, selection.counts)
+    with ExitStack() as locks:
+        for path in paths:
+            locks.enter_context(locked(path))
+        for path in paths:
+            forget(path)
+        for path, rows in zip(paths, (selection.positive, selection.negative, selection.pairs), strict=True):
+            write_records(path, rows)
+            write_manifest(path, "pair", settings, selection.counts)
     return selection.counts

@@ -22,6 +22,7 @@ from .demonstrations import tokenize_demonstrations
 from .errors import ConfigError
 from .evaluate import evaluate_verdicts, format_interval, preference_accuracy
 from .export import export_completions
+from .locks import locked
 from .pair import pair
 from .preferences import tokenize_pairs
 from .problems import load_problems
@@ -78,7 +79,15 @@ class Chain:
         self.settings = Settings(config, self.out)
 
     def run(self) -> dict[str, Any]:
-        """Runs all stages; returns, and writes to `summary.json`, the table and what was counted on the way."""
+        """Runs all stages; returns, and writes to `summary.json`, the table and what was counted on the way.
+
+        Raises:
+            RecordFileError: another process works in the run's folder.
+        """
+        with locked(self.out):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         counts: dict[str, Any] = self.make_pairs()
         for name in self.config.methods:
             counts[f"train {name}"] = self.train(name, counts)
@@ -303,7 +312,8 @@ class Chain:
         summary = {"table": table, "scores": scores, "counts": counts, "exports": exports, "page": None}
         summary |= _on_main(lambda: self._write_page(table)) or {}
         if _is_main():
-            with atomic_path(self.out / "summary.json") as temporary:
+            path = self.out / "summary.json"
+            with locked(path), atomic_path(path) as temporary:
                 temporary.write_text(json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8")
         return summary
 

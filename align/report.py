@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, MissingColumnError, RecordError
+from .locks import locked
 from .records import TOKEN_COLUMNS, Record, atomic_path, check_ids, check_prompt, check_token_columns, row_name
 from .token_texts import decoder, texts_by
 
@@ -229,7 +230,7 @@ def _write_page(
         summary=list(summary or ()), header=list(dict.fromkeys(name for row in summary or () for name in row)),
     )  # fmt: skip
     out_path = Path(out_path)
-    with atomic_path(out_path) as temporary:
+    with locked(out_path), atomic_path(out_path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return out_path
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checks import check_whole
 from .errors import ConfigError, MissingColumnError, RecordError
+from .locks import locked
 from .logps import Batch, completion_logits, per_token
 from .records import Record, read_records, row_name
 from .stages import records_hash, run_in_parts, write_chosen
@@ -226,16 +227,17 @@ def select_traces(
 
     # The same whatever is kept: a score is computed once for all rules.
     scoring = {"step_separator": config.step_separator, "traces": records_hash(right), **(settings or {})}
-    run_in_parts(
-        scores_path, range(0, len(right), PART), compute, stage="select", settings=scoring,
-        order=lambda row: row.pop("_row"), finish=finish,
-    )  # fmt: skip
-    kept = keep(read_records(scores_path), config)
-    counts = {
-        "rows": len(kept), "traces": len(traces), "empty": len(traces) - len(there), **refused,
-        "problems": len({row["id"] for row in kept}),
-    }  # fmt: skip
-    write_chosen(out_path, kept, "select", select_settings(traces, config, settings), counts)
+    with locked(out_path):
+        run_in_parts(
+            scores_path, range(0, len(right), PART), compute, stage="select", settings=scoring,
+            order=lambda row: row.pop("_row"), finish=finish,
+        )  # fmt: skip
+        kept = keep(read_records(scores_path), config)
+        counts = {
+            "rows": len(kept), "traces": len(traces), "empty": len(traces) - len(there), **refused,
+            "problems": len({row["id"] for row in kept}),
+        }  # fmt: skip
+        write_chosen(out_path, kept, "select", select_settings(traces, config, settings), counts)
     return counts
 
 

@@ -11,11 +11,14 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import RecordFileError
+from .locks import locked
 from .record_file import JsonLines, RecordFile, Sorted, digest_of
 from .records import Record, atomic_path, check_output, write_records
 
@@ -53,9 +56,20 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) else None
 
 
-def write_manifest(path: str | os.PathLike, stage: str, settings: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
-    """Marks the output `path` as complete for `settings`; call it last."""
-    manifest = {"stage": stage, "settings": _plain(settings), "counts": dict(counts)}
+def write_manifest(
+    path: str | os.PathLike,
+    stage: str,
+    settings: Mapping[str, Any],
+    counts: Mapping[str, Any],
+    written: str | os.PathLike | None = None,
+) -> None:
+    """Marks the output `path` as complete for `settings`; call it last.
+
+    Args:
+        written: where the output still lies, if it is yet to be moved to `path`.
+    """
+    sizes = _sizes(path if written is None else written)
+    manifest = {"stage": stage, "settings": _plain(settings), "counts": dict(counts), "bytes": sizes}
     with atomic_path(manifest_path(path)) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False), encoding="utf-8")
 
@@ -68,9 +82,10 @@ def write_chosen(
 
     process = process_state()
     if process.is_main_process:
-        forget(path)
-        write_records(path, rows)
-        write_manifest(path, stage, settings, counts)
+        with locked(path):
+            forget(path)
+            write_records(path, rows)
+            write_manifest(path, stage, settings, counts)
     process.wait_for_everyone()
 
 
@@ -80,15 +95,48 @@ def forget(path: str | os.PathLike) -> None:
 
 
 def is_complete(path: str | os.PathLike, stage: str, settings: Mapping[str, Any]) -> bool:
-    """Whether `path` holds the finished output of `stage` with exactly these settings (inputs' hashes among them)."""
-    manifest = read_manifest(path)
-    return (
-        Path(path).exists()
-        and manifest is not None
-        and manifest.get("stage") == stage
-        and manifest.get("settings") == _plain(settings)
-        and isinstance(manifest.get("counts"), dict)
-    )
+    """Whether `path` holds the finished output of `stage` with exactly these settings (inputs' hashes among them). Parts
+    that were left by a process that was killed at its very end are then removed.
+
+    Raises:
+        RecordFileError: it was finished, and cut off or changed since.
+    """
+    path, manifest = Path(path), read_manifest(path)
+    if (
+        not path.exists()
+        or manifest is None
+        or manifest.get("stage") != stage
+        or manifest.get("settings") != _plain(settings)
+        or not isinstance(manifest.get("counts"), dict)
+        or not isinstance(manifest.get("bytes"), dict)
+    ):
+        return False
+    sizes = _sizes(path)
+    for name, size in manifest["bytes"].items():
+        if sizes.get(name) != size:
+            file, now = (path / name if path.is_dir() else path), sizes.get(name)
+            found = "is missing" if now is None else f"has {now} bytes instead of {size}"
+            raise RecordFileError(
+                f"{file}: {found}: it was cut off or changed after it was complete; put it back as it was, or remove {path} "
+                "to have it made again"
+            )
+    if _parts(path).exists() and os.environ.get("RANK", "0") == "0":
+        # Another process may just be making the output anew with other settings; then they are its parts.
+        with suppress(RecordFileError), locked(path):
+            shutil.rmtree(_parts(path), ignore_errors=True)
+    return True
+
+
+def _sizes(path: str | os.PathLike) -> dict[str, int]:
+    """Bytes of an output: of the file, or of a folder's weights (people add to a model's card)."""
+    path = Path(path)
+    if not path.is_dir():
+        return {"": path.stat().st_size}
+    return {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*.safetensors"))}
+
+
+def _parts(path: str | os.PathLike) -> Path:
+    return Path(f"{path}.parts")
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,25 +182,27 @@ def run_in_parts(
 
     check_output(path)
     process = process_state()
-    parts = Path(f"{path}.parts")
-    if process.is_main_process and not is_complete(path, stage, settings):
-        _open_parts(parts, stage, settings, len(batches))
-    process.wait_for_everyone()
     if not is_complete(path, stage, settings):
-        mine = range(process.process_index, len(batches), process.num_processes)
-        for number in (bar := tqdm(mine, desc=stage, unit="batch", disable=not process.is_main_process)):
-            part = parts / f"{number:06d}.jsonl"
-            if not part.exists():
-                rows = compute(number, batches[number])
-                write_records(part, rows)
-                if note is not None:
-                    bar.set_postfix_str(note(rows))
-        process.wait_for_everyone()
-        if process.is_main_process:
-            rows = _merge(path, [parts / f"{number:06d}.jsonl" for number in range(len(batches))], order, finish)
-            write_manifest(path, stage, settings, {"rows": len(rows), **(count(rows) if count else {})})
-            shutil.rmtree(parts)
-        process.wait_for_everyone()
+        parts = _parts(path)
+        with locked(path):
+            if process.is_main_process:
+                _open_parts(parts, stage, settings, len(batches))
+            process.wait_for_everyone()
+            mine = range(process.process_index, len(batches), process.num_processes)
+            for number in (bar := tqdm(mine, desc=stage, unit="batch", disable=not process.is_main_process)):
+                part = parts / f"{number:06d}.jsonl"
+                if not _seal(part).exists():
+                    rows = compute(number, batches[number])
+                    write_records(part, rows)
+                    _write_seal(part)
+                    if note is not None:
+                        bar.set_postfix_str(note(rows))
+            process.wait_for_everyone()
+            if process.is_main_process:
+                rows = _merge(path, [parts / f"{number:06d}.jsonl" for number in range(len(batches))], order, finish)
+                write_manifest(path, stage, settings, {"rows": len(rows), **(count(rows) if count else {})})
+                shutil.rmtree(parts)
+            process.wait_for_everyone()
     manifest = read_manifest(path)
     if manifest is None:
         raise RecordFileError(f"{path}: its manifest vanished while the stage ran; run it again")
@@ -195,7 +245,7 @@ def _written(path: str | os.PathLike) -> Sequence[Record]:
 
 
 def _open_parts(parts: Path, stage: str, settings: Mapping[str, Any], batches: int) -> None:
-    """Keeps the parts of an earlier run with the same settings; discards any others."""
+    """Keeps the whole parts of an earlier run with the same settings; discards any others, and says which were damaged."""
     wanted = {"stage": stage, "settings": _plain(settings), "batches": batches}
     header = parts / "settings.json"
     try:
@@ -207,3 +257,37 @@ def _open_parts(parts: Path, stage: str, settings: Mapping[str, Any], batches: i
             shutil.rmtree(parts)
         with atomic_path(header) as temporary:
             temporary.write_text(json.dumps(wanted), encoding="utf-8")
+    for file in parts.glob(".*.tmp"):  # of a run that was killed while it wrote
+        file.unlink()
+    for number in range(batches):
+        part = parts / f"{number:06d}.jsonl"
+        if damage := _damage(part):
+            print(f"align: {part} {damage}; it is computed again", file=sys.stderr)
+        if damage is not None:
+            _seal(part).unlink(missing_ok=True)
+
+
+def _seal(part: Path) -> Path:
+    """Written behind a part: its size and hash."""
+    return part.with_suffix(".seal.json")
+
+
+def _write_seal(part: Path) -> None:
+    with atomic_path(_seal(part)) as temporary:
+        temporary.write_text(json.dumps({"bytes": part.stat().st_size, "sha256": file_hash(part)}), encoding="utf-8")
+
+
+def _damage(part: Path) -> str | None:
+    """What is wrong with a part, empty for one that is not there; `None` for a whole one."""
+    try:
+        seal = json.loads(_seal(part).read_text(encoding="utf-8"))
+        size, known = seal["bytes"], seal["sha256"]
+    except FileNotFoundError:
+        return "has no record of its size" if part.exists() else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return "has a record of its size that is not readable"
+    if not part.is_file():
+        return "is missing"
+    if part.stat().st_size != size:
+        return f"has {part.stat().st_size} bytes instead of {size}"
+    return None if file_hash(part) == known else "does not hold what was written"

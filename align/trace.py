@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checks import check_whole
 from .errors import ConfigError, RecordError
+from .locks import locked
 from .records import Record, check_records, read_records
 from .rsd import TEACHER, RSDConfig, Trace, reverse_speculative_decode
 from .sample import end_token_ids
@@ -129,12 +130,13 @@ def trace_problems(
         return ({key: value for key, value in row.items() if key != "seconds"} for row in rows)
 
     depends, drawn = trace_settings(problems, rsd, config, settings)
-    counts = run_in_parts(
-        out_path, batches, compute, stage="trace", settings=drawn, order=lambda row: row.pop("_row"), finish=finish,
-        count=lambda rows: _count(rows) | {"prompt_too_long_for_us": len(problems) - len(places)}, note=note,
-    )  # fmt: skip
-    chosen, more = choose(read_records(out_path), config)
-    write_chosen(kept_path, chosen, "trace kept", depends, more)
+    with locked(kept_path):
+        counts = run_in_parts(
+            out_path, batches, compute, stage="trace", settings=drawn, order=lambda row: row.pop("_row"), finish=finish,
+            count=lambda rows: _count(rows) | {"prompt_too_long_for_us": len(problems) - len(places)}, note=note,
+        )  # fmt: skip
+        chosen, more = choose(read_records(out_path), config)
+        write_chosen(kept_path, chosen, "trace kept", depends, more)
     return counts | more
 
 

@@ -21,6 +21,7 @@ import torch
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from align.models import cache_name
 from align.report import markdown_table
 from align.rsd import RSDConfig, reverse_speculative_decode
 
@@ -59,12 +60,13 @@ def make_models(shape: str, layers: int, scale: float, sharpness: float, device:
 
 def pass_seconds(model, batch: int, device: str, repeats: int = 7) -> float:
     """Median seconds of decoding one token behind 64."""
+    name = cache_name(type(model).forward)
     with torch.inference_mode():
-        cache = model(torch.ones(batch, 64, dtype=torch.long, device=device), use_cache=True).past_key_values
+        cache = model(torch.ones(batch, 64, dtype=torch.long, device=device), use_cache=True)[name]
         times = []
         for _ in range(repeats):
             start = time.perf_counter()
-            model(torch.ones(batch, 1, dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
+            model(torch.ones(batch, 1, dtype=torch.long, device=device), use_cache=True, **{name: cache})
             if device != "cpu":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)

@@ -10,8 +10,9 @@ from test_recipes import ROOT, align, python
 from align.config import read_config
 from align.demonstrations import load_demonstrations, tokenize_demonstrations
 from align.errors import ConfigError, MissingColumnError, RecordError
+from align.merge import merge_adapter
 from align.mix import IGNORED
-from align.models import load_model, load_tokenizer, merge_adapter
+from align.models import load_model, load_tokenizer
 from align.pipeline import Chain
 from align.problems import load_problems
 from align.rac import correction_report
@@ -81,9 +82,14 @@ def test_merge(tmp_path, model_dir):
     merged, adapted = load_model(str(tmp_path / "merged"), dtype="float32"), model.eval()
     assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-5)
     assert load_tokenizer(str(tmp_path / "merged")).eos_token_id == load_tokenizer(model_dir).eos_token_id
+    weights = tmp_path / "merged" / "model.safetensors"
+    stamp = weights.stat().st_mtime_ns
+    merge_adapter(model_dir, str(tmp_path / "adapter"), tmp_path / "merged", dtype="float32")
+    assert weights.stat().st_mtime_ns == stamp  # complete already
     with pytest.raises(ConfigError, match="merged exists already"):
         merge_adapter(model_dir, str(tmp_path / "adapter"), tmp_path / "merged")
-    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "merged"}
+    names = {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"}
+    assert names == {"adapter", "merged", "merged.manifest.json"}
 
 
 def verdict(number: int, completion: str, correct: bool) -> dict:

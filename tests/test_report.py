@@ -209,7 +209,8 @@ def test_a_page_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         inspect_pairs(pairs, TOKENIZER, page, title="\ud800")
     assert page.read_text() == "old"
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "kept", "page.html"]
+    left = sorted(path.name for path in tmp_path.rglob("*") if path.suffix != ".lock")
+    assert left == ["folder", "kept", "page.html"]
 
 
 def test_histogram():

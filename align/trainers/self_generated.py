@@ -25,6 +25,7 @@ from ..mix import IGNORED, Example, epsilon_at
 from ..models import keep_trainable
 from ..rac import CorrectionSettings, draw_corrections
 from ..records import Record, read_records, write_records
+from ..safety import no_pickles
 
 #: In a checkpoint's folder: contexts that are drawn and not yet trained on.
 CONTEXTS_FILE = "contexts.jsonl"
@@ -139,7 +140,8 @@ class SelfGeneratedTrainer(SFTTrainer, ABC):
             raise ConfigError(
                 f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(args).__name__}"
             )
-        super().__init__(model, args=args, **kwargs)
+        with no_pickles(model):
+            super().__init__(model, args=args, **kwargs)
         keep_trainable(self.model)  # contexts are drawn in eval mode
         if self._is_vision_dataset:
             raise ConfigError(f"{type(self).__name__} does not know images; use text data")

@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from ..losses import weighted_logps
 from ..models import keep_trainable, load_tokenizer, vocab_size
 from ..processes import check_group
+from ..safety import no_pickles
 from ..tokens import label_values, pad_rows, shift_to_labels, truncate
 from .preference_data import SIDES, has_reference, prepare_preference_dataset
 from .prefix_sharing import PaddedRows, PrefixSharing, layout_of
@@ -215,10 +216,11 @@ class TokenDPOTrainer(TokenBudget, TokenReference):
         # In full fine-tuning, stored references stand in for TRL's precomputed sums, so that it loads no second model.
         args = copy.copy(args)  # the caller's own may serve another trainer
         args.precompute_ref_log_probs = args.precompute_ref_log_probs or (stored and not adapted)
-        super().__init__(
-            model=model, ref_model=ref_model, args=args, data_collator=data_collator, train_dataset=train_dataset,
-            eval_dataset=eval_dataset, processing_class=processing_class, **kwargs,
-        )  # fmt: skip
+        with no_pickles(model, ref_model):
+            super().__init__(
+                model=model, ref_model=ref_model, args=args, data_collator=data_collator, train_dataset=train_dataset,
+                eval_dataset=eval_dataset, processing_class=processing_class, **kwargs,
+            )  # fmt: skip
         keep_trainable(self.model)  # evaluation runs in eval mode
         if self.aux_loss_enabled and getattr(args, "loss_aggregation", None) == "position":
             raise ConfigError("loss_aggregation='position' has no place for a router loss; set router_aux_loss_coef=0")

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import os
 import shutil
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from trl import SFTConfig, SFTTrainer
 
-from ..errors import ConfigError, MissingColumnError, RecordError
+from ..errors import AlignError, ConfigError, MissingColumnError, RecordError, RecordFileError
+from ..locks import locked
 from ..models import base_fingerprint, load_model, load_tokenizer, model_identity, vocab_size, write_base_file
 from ..processes import process_state
 from ..record_file import Derived
-from ..records import Record, check_records
+from ..records import Record, check_records, failed_write, sync, write_error
+from ..safety import check_checkpoint
 from ..stages import is_complete, manifest_path, read_manifest, records_hash, write_manifest
 from ..tokens import check_row_ids
 from .cdpo import CDPOTrainer
+from .checkpoints import last_whole_checkpoint
 from .row_data import dataset_on_disk
 from .self_generated import BASHConfig, BASHTrainer, RACConfig, RACTrainer
 from .tgdpo import TGDPOTrainer
@@ -209,20 +213,6 @@ def train_preference(
     return _train(method, model, rows, out_dir, build, {"args": dict(args or {}), "lora": lora})
 
 
-def _last_whole_checkpoint(working: Path) -> str | None:
-    """The newest checkpoint that was written to its end (the Trainer writes its state last, the weights first) and before
-    the last step: resumed at the last step, the Trainer takes one step too many."""
-    checkpoints = sorted(working.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in checkpoints:
-        try:
-            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if state["global_step"] < state["max_steps"] and any(path.glob("*.safetensors")):
-            return str(path)
-    return None
-
-
 def _train(
     method: str, model: Mapping[str, Any], rows: Sequence[Record], out_dir, build, settings: dict[str, Any]
 ) -> dict[str, Any]:
@@ -230,10 +220,23 @@ def _train(
     out_dir, process = Path(out_dir), process_state()
     check_trainable(model, settings["lora"])
     settings = {**settings, "model": {**model, "path": model_identity(model["path"])}, "data": records_hash(rows)}
-    if is_complete(out_dir, method, settings):
-        return {}
     working = out_dir.with_name(out_dir.name + ".training")
     marker = working.with_name(working.name + ".settings")
+    if is_complete(out_dir, method, settings):
+        if process.is_main_process and marker.exists():  # killed between the manifest and this
+            with locked(out_dir):
+                _clear(working, marker)
+        return {}
+    with locked(out_dir), _naming(working):
+        return _train_alone(method, model, rows, out_dir, build, settings, working, marker)
+
+
+def _train_alone(
+    method: str, model: Mapping[str, Any], rows: list[dict], out_dir: Path, build, settings: dict[str, Any],
+    working: Path, marker: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """`_train`, while no other process works on `out_dir`."""
+    process = process_state()
     ours = read_manifest(out_dir) or read_manifest(marker)  # the marker stays until the manifest is written
     if out_dir.exists() and ours is None and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ConfigError(
@@ -245,13 +248,19 @@ def _train(
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
         write_manifest(marker, method, settings, {})
+    if process.is_main_process:
+        for file in working.rglob(".*.tmp"):  # of a run that was killed while it wrote
+            file.unlink()
     process.wait_for_everyone()
     # Weights that are trained are kept in float32, as TRL does: in bfloat16 an update of a small learning rate is rounded away.
     base = load_model(**(model if settings["lora"] is not None else {**model, "dtype": "float32"}))
     tokenizer = load_tokenizer(model["path"], trust_remote_code=model.get("trust_remote_code", False))
     fingerprint = base_fingerprint(base)
     trainer = build(base, tokenizer, working)
-    result = trainer.train(resume_from_checkpoint=_last_whole_checkpoint(working))
+    checkpoint = last_whole_checkpoint(working, trainer.args)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, working)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(working / "final"))
     counts = {
         "steps": result.global_step,
@@ -268,15 +277,37 @@ def _train(
         shutil.move(working / "README.md", working / "final" / "README.md")
         trainer.state.save_to_json(str(working / "final" / "trainer_state.json"))
         manifest_path(out_dir).unlink(missing_ok=True)  # it speaks of what is about to be replaced
+        sync(working / "final")
         shutil.rmtree(out_dir, ignore_errors=True)
         os.replace(working / "final", out_dir)
         write_manifest(out_dir, method, settings, counts)
-        shutil.rmtree(working)
-        for leftover in (marker, Path(f"{marker}.manifest.json")):
-            leftover.unlink(missing_ok=True)
+        _clear(working, marker)
     process.wait_for_everyone()
     del trainer, base
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return counts
+
+
+def _clear(working: Path, marker: Path) -> None:
+    """Removes what a training needs only while it runs; the marker last, since it says that the rest is ours."""
+    if working.exists():
+        shutil.rmtree(working)
+    manifest_path(marker).unlink(missing_ok=True)
+    marker.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(working: Path) -> Iterator[None]:
+    """Makes a RecordFileError of a write that the system refuses to the Trainer, or to what it saves with."""
+    try:
+        yield
+    except AlignError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not failed_write(error):
+            raise
+        raise RecordFileError(
+            f"{write_error(working, error)}; the training goes on from its last whole checkpoint"
+        ) from error

@@ -1,0 +1,99 @@
+"""Which checkpoint a training goes on from: the last one that was written to its end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from transformers import TrainingArguments
+
+from ..processes import process_state
+
+
+def last_whole_checkpoint(working: Path, args: TrainingArguments) -> str | None:
+    """The newest checkpoint of `working` that is whole and before the last step (resumed at the last step, the Trainer takes
+    one step too many), the same in all processes; `None` where there is none.
+
+    Newer ones are removed, and those of them that are incomplete named: the training will write them once more, and what
+    an interrupted writing leaves must not mix with what was there before.
+    """
+    process = process_state()
+    found: list[str | None] = [None]
+    if process.is_main_process:
+        checkpoints = sorted(
+            (path for path in working.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()),
+            key=lambda path: int(path.name.rpartition("-")[2]),
+        )
+        while checkpoints and found == [None]:
+            path = checkpoints.pop()
+            damage = checkpoint_damage(path, args, process.num_processes)
+            if damage is None and _is_before_the_end(path):
+                found = [str(path)]
+                continue
+            if damage is not None:
+                print(f"align: {path} is incomplete and skipped: {damage}", file=sys.stderr)
+            shutil.rmtree(path)
+    if process.num_processes > 1:
+        broadcast_object_list(found)
+    return found[0]
+
+
+def _is_before_the_end(path: Path) -> bool:
+    state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["global_step"] < state["max_steps"]
+
+
+def checkpoint_damage(path: Path, args: TrainingArguments, processes: int = 1) -> str | None:
+    """What keeps a training from going on exactly from a checkpoint: the first file that is missing or cut off.
+
+    Headers and directories of files are read, not their numbers, so that it takes no longer for a large model.
+
+    Args:
+        processes: how many took part; each keeps the state of its random numbers.
+    """
+    if damage := _missing(path, args, processes):
+        return damage
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        name, size = file.relative_to(path), file.stat().st_size
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):  # compares the file's size with its header
+                    pass
+            elif file.suffix in (".pt", ".pth", ".bin"):
+                with zipfile.ZipFile(file):  # its directory stands at its end
+                    pass
+            elif file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+        except (SafetensorError, zipfile.BadZipFile, ValueError, OSError):
+            return f"{name} ({size} bytes) is cut off or damaged"
+    state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    if not isinstance(state, dict) or not {"global_step", "max_steps"} <= state.keys():
+        return "trainer_state.json does not say at which step it was written"
+    return None
+
+
+def _missing(path: Path, args: TrainingArguments, processes: int) -> str | None:
+    if not (path / "trainer_state.json").is_file():  # the Trainer writes it last
+        return "trainer_state.json is missing"
+    # DeepSpeed and FSDP keep weights and optimizer in folders or files of their own.
+    engine = any(path.glob("global_step*")) or any(path.glob("pytorch_model_fsdp*"))
+    if not engine and not any(path.glob("*.safetensors")):
+        return "there are no weights"
+    for index in path.glob("*.safetensors.index.json"):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"{index.name} is cut off or damaged"
+        if gone := sorted(shard for shard in shards if not (path / shard).is_file()):
+            return f"{gone[0]} is missing"
+    if args.save_only_model:
+        return None
+    needed = [] if engine else ["optimizer.pt", "scheduler.pt"]
+    if not args.save_on_each_node:  # otherwise those of other machines lie there
+        needed += ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    return next((f"{name} is missing" for name in needed if not (path / name).is_file()), None)
