@@ -1,7 +1,7 @@
 """Kills every stage, and training, again and again while it works, starts it again, and compares what it ends with.
 
     python tests/kills.py --kills 30                 # at random moments of each stage's own work
-    python tests/kills.py --every-write              # just before each time that a stage opens, moves or removes a file
+    python tests/kills.py --every-write              # once at each opening of a file to write, each move, each removal
     python tests/kills.py --works verify pair --kills 3
 
 A stage runs in a fork of this process, which has imported everything and computed nothing, so that a kill costs no start of
@@ -22,6 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
@@ -266,7 +267,7 @@ def fork(work: Callable[[Path, Path], None], given: Path, out: Path, log: Path, 
     """Starts `work` in a fork.
 
     Args:
-        kill_before: it kills itself before it opens for writing, moves or removes a file below `out` for the so manieth time.
+        kill_before: at which opening for writing, move or removal of a file below `out`, counted from 1, it kills itself; 0 is never.
     """
     if child := os.fork():
         return child
@@ -288,7 +289,8 @@ def fork(work: Callable[[Path, Path], None], given: Path, out: Path, log: Path, 
 
 
 def kill_before_write(out: Path, place: int) -> None:
-    """Python tells an audit hook of every file that it opens, moves or removes; libraries in other languages tell nothing."""
+    """Python tells an audit hook of every file that it opens, moves or removes; libraries in other languages tell nothing.
+    Of a file that it opens to write, half a line is left."""
     met = 0
 
     def hook(event: str, args: tuple) -> None:
@@ -299,6 +301,9 @@ def kill_before_write(out: Path, place: int) -> None:
         if writes and str(args[0]).startswith(str(out)):
             met += 1
             if met == place:
+                if event == "open":  # as a kill in the middle of this writing would leave it
+                    with suppress(OSError), open(os.open(args[0], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+                        file.write('{"id": "ha')
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)

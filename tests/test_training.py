@@ -124,5 +124,5 @@ def test_a_death_between_result_and_manifest_does_not_lock_the_folder(tmp_path, 
         patched.setattr(training, "write_manifest", dying)
         with pytest.raises(KeyboardInterrupt):
             train_sft(model, demonstrations(), out, args=ARGS, lora=LORA)
-    assert out.exists()
+    assert not out.exists()
     assert train_sft(model, demonstrations(), out, args=ARGS, lora=LORA)["steps"] == 4
