@@ -115,10 +115,10 @@ def test_a_death_between_result_and_manifest_does_not_lock_the_folder(tmp_path, 
     model, out = {"path": model_dir, "dtype": "float32"}, tmp_path / "out"
     original = training.write_manifest
 
-    def dying(path, *args):
+    def dying(path, *args, **kwargs):
         if path == out:
             raise KeyboardInterrupt
-        original(path, *args)
+        original(path, *args, **kwargs)
 
     with monkeypatch.context() as patched:
         patched.setattr(training, "write_manifest", dying)
