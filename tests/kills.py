@@ -1,7 +1,7 @@
 """Kills every stage, and training, again and again while it works, starts it again, and compares what it ends with.
 
     python tests/kills.py --kills 30                 # at random moments of each stage's own work
-    python tests/kills.py --every-write              # once at each opening of a file to write, each move, each removal
+    python tests/kills.py --kills 30 --at-writes     # in the middle of 30 of its writes, moves and removals of files
     python tests/kills.py --works verify pair --kills 3
 
 A stage runs in a fork of this process, which has imported everything and computed nothing, so that a kill costs no start of
@@ -30,11 +30,11 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_TH
 from kill_works import WORKS, import_all, prepare, small_parts
 
 
-def fork(work: Callable[[Path, Path], None], given: Path, out: Path, log: Path, kill_before: int = 0) -> int:
+def fork(work: Callable[[Path, Path], None], given: Path, out: Path, log: Path, kill_at: int = 0) -> int:
     """Starts `work` in a fork.
 
     Args:
-        kill_before: at which opening for writing, move or removal of a file below `out`, counted from 1, it kills itself;
+        kill_at: at which opening for writing, move or removal of a file below `out`, counted from 1, it kills itself;
             0 is never.
     """
     if child := os.fork():
@@ -44,9 +44,9 @@ def fork(work: Callable[[Path, Path], None], given: Path, out: Path, log: Path, 
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        if kill_before:
-            kill_before_write(out, kill_before)
+        writes = watch_writes(out, kill_at)
         work(given, out)
+        log.with_name("writes").write_text(str(len(writes)))
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -56,25 +56,28 @@ def fork(work: Callable[[Path, Path], None], given: Path, out: Path, log: Path, 
         os._exit(code)
 
 
-def kill_before_write(out: Path, place: int) -> None:
-    """Python tells an audit hook of every file that it opens, moves or removes; libraries in other languages tell nothing.
-    Of a file that it opens to write, half a line is left."""
-    met = 0
+def watch_writes(out: Path, kill_at: int) -> list[str]:
+    """The writes below `out`, as they come.
+
+    Python tells an audit hook of every file that it opens, moves or removes; libraries in other languages tell nothing.
+    Of a file that it opens to write, half a line is left.
+    """
+    met: list[str] = []
 
     def hook(event: str, args: tuple) -> None:
-        nonlocal met
         writes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir") or (
             event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
         )
         if writes and str(args[0]).startswith(str(out)):
-            met += 1
-            if met == place:
+            met.append(event)
+            if len(met) == kill_at:
                 if event == "open":  # as a kill in the middle of this writing would leave it
                     with suppress(OSError), open(os.open(args[0], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
                         file.write('{"id": "ha')
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+    return met
 
 
 def wait(child: int, log: Path) -> bool:
@@ -111,8 +114,8 @@ def check(whole: dict[str, object], out: Path, name: str) -> None:
         raise SystemExit(f"{name}: differs from an undisturbed run in {', '.join(differs)}")
 
 
-def kill_work(name: str, given: Path, folder: Path, kills: int, every_write: bool, chance: random.Random) -> dict:
-    """Kills one stage so often, or once before each of its writes; returns what happened."""
+def kill_work(name: str, given: Path, folder: Path, kills: int, at_writes: bool, chance: random.Random) -> dict:
+    """Kills one stage so often, at random moments or at its writes; returns what happened."""
     work, log, out = WORKS[name], folder / "log", folder / "out"
 
     def fresh() -> None:
@@ -125,15 +128,14 @@ def kill_work(name: str, given: Path, folder: Path, kills: int, every_write: boo
     seconds, whole = time.perf_counter() - start, outcome(out)
     assert whole, f"{name} wrote nothing"
     killed = ended = resumed = 0
-    if every_write:
-        while True:
+    if at_writes:
+        writes = int(log.with_name("writes").read_text())
+        for place in sorted(chance.sample(range(1, writes + 1), min(kills, writes))):
             fresh()
-            if not wait(fork(work, given, out, log, kill_before=killed + 1), log):
-                break
-            killed += 1
+            killed += wait(fork(work, given, out, log, kill_at=place), log)
             resumed += bool(outcome(out))
             wait(fork(work, given, out, log), log)
-            check(whole, out, f"{name}, killed before write {killed}")
+            check(whole, out, f"{name}, killed at write {place} of {writes}")
             ended += 1
     else:
         fresh()
@@ -165,8 +167,10 @@ def kill_work(name: str, given: Path, folder: Path, kills: int, every_write: boo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--works", nargs="+", default=list(WORKS), choices=list(WORKS))
-    parser.add_argument("--kills", type=int, default=30, help="of each stage, all of them while it works")
-    parser.add_argument("--every-write", action="store_true", help="kill once before each write instead")
+    parser.add_argument("--kills", type=int, default=30, help="of each stage; those count that strike while it works")
+    parser.add_argument(
+        "--at-writes", action="store_true", help="kill at so many of its writes instead, chosen at random"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     import_all()
@@ -178,7 +182,7 @@ def main() -> None:
         wait(fork(prepare, given, given, Path(folder) / "log"), Path(folder) / "log")
         for name in options.works:
             start = time.perf_counter()
-            found = kill_work(name, given, Path(folder), options.kills, options.every_write, chance)
+            found = kill_work(name, given, Path(folder), options.kills, options.at_writes, chance)
             print(json.dumps(found | {"took_s": round(time.perf_counter() - start, 1)}), flush=True)
 
 
