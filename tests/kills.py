@@ -1,7 +1,7 @@
 """Kills every stage, and training, again and again while it works, starts it again, and compares what it ends with.
 
     python tests/kills.py --kills 30                 # at random moments of each stage's own work
-    python tests/kills.py --every-write              # just before each time that a stage opens, moves or removes a file
+    python tests/kills.py --kills 30 --at-writes     # in the middle of 30 of its writes, moves and removals of files
     python tests/kills.py --works verify pair --kills 3
 
 A stage runs in a fork of this process, which has imported everything and computed nothing, so that a kill costs no start of
@@ -22,251 +22,20 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
-ROOT = Path(__file__).parent.parent
-MODEL = str(ROOT / "data/tiny-arithmetic/model")
-PLAIN = {"path": MODEL, "dtype": "float32"}
-TRAINING = {
-    "max_steps": 6, "per_device_train_batch_size": 2, "bf16": False, "gradient_checkpointing": False, "save_steps": 1,
-    "disable_tqdm": True, "learning_rate": 1e-3, "logging_steps": 1, "save_total_limit": 3,
-}  # fmt: skip
-LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+from kill_works import WORKS, import_all, prepare, small_parts
 
 
-def load():
-    from align.models import load_model, load_tokenizer
-
-    return load_model(**PLAIN), load_tokenizer(MODEL)
-
-
-def rows(given: Path, name: str) -> list[dict]:
-    from align.records import read_records
-
-    return read_records(given / name)
-
-
-def problems(count: int) -> list[dict]:
-    from align.problems import load_problems
-
-    return load_problems(str(ROOT / "data/tiny-arithmetic/train.jsonl"), limit=count)
-
-
-def sample(given: Path, out: Path) -> None:
-    from align.sample import SampleConfig, sample_completions
-
-    sample_completions(
-        *load(), problems(24), out / "samples.jsonl", SampleConfig(n=4, max_new_tokens=80, batch_size=16)
-    )
-
-
-def verify(given: Path, out: Path) -> None:
-    from align.verify import verify as stage
-
-    stage(given / "samples.jsonl", out / "verdicts.jsonl")
-
-
-def pair(given: Path, out: Path) -> None:
-    from align.pair import pair as stage
-
-    stage(given / "verdicts.jsonl", out / "pairs.jsonl", out / "positive.jsonl", out / "negative.parquet")
-
-
-def tokenize(given: Path, out: Path) -> None:
-    from align.models import load_tokenizer
-    from align.preferences import tokenize_pairs
-
-    tokenize_pairs(str(given / "preferences.jsonl"), load_tokenizer(MODEL), out / "tokenized.jsonl")
-
-
-def demonstrations(given: Path, out: Path) -> None:
-    from align.demonstrations import tokenize_demonstrations
-    from align.models import load_tokenizer
-
-    tokenize_demonstrations(problems(60), load_tokenizer(MODEL), out / "demonstrations.parquet")
-
-
-def score_contrastive(given: Path, out: Path) -> None:
-    from align.models import load_adapters
-    from align.scoring.contrastive import score_contrastive as stage
-
-    base, tokenizer = load()
-    model = load_adapters(base, {name: str(given / name) for name in ("positive", "negative")})
-    stage(model, rows(given, "pairs.jsonl"), out / "scored.jsonl", pad_token_id=tokenizer.pad_token_id)
-
-
-def score_reference(given: Path, out: Path) -> None:
-    from align.scoring.reference import score_reference as stage
-
-    model, tokenizer = load()
-    stage(model, rows(given, "pairs.jsonl"), out / "referenced.parquet", pad_token_id=tokenizer.pad_token_id)
-
-
-def score_guidance(given: Path, out: Path) -> None:
-    from align.scoring.guidance import load_guide
-    from align.scoring.guidance import score_guidance as stage
-
-    policy, reference, tokenizer = load_guide(PLAIN, str(given / "positive"))
-    stage(policy, reference, rows(given, "pairs.jsonl"), out / "guided.jsonl", pad_token_id=tokenizer.pad_token_id)
-
-
-def score_entropy(given: Path, out: Path) -> None:
-    from align.scoring.entropy import score_entropy as stage
-
-    model, tokenizer = load()
-    stage(model, rows(given, "pairs.jsonl"), out / "entropy.jsonl", pad_token_id=tokenizer.pad_token_id)
-
-
-def score_rollout(given: Path, out: Path) -> None:
-    from align.scoring.rollout import RolloutConfig
-    from align.scoring.rollout import score_rollout as stage
-
-    config = RolloutConfig(n=2, max_new_tokens=100)
-    stage(*load(), rows(given, "pairs.jsonl")[:6], out / "rollouts.jsonl", config)
-
-
-def mix_bash(given: Path, out: Path) -> None:
-    from align.mix_stage import mix_bash as stage
-
-    stage(*load(), rows(given, "demonstrations.jsonl"), out / "bash.jsonl", epsilon=0.3)
-
-
-def mix_rac(given: Path, out: Path) -> None:
-    from align.mix_stage import mix_rac as stage
-    from align.rac import CorrectionSettings
-
-    stage(*load(), rows(given, "demonstrations.jsonl"), out / "rac.jsonl", config=CorrectionSettings(max_new_tokens=60))
-
-
-def trace(given: Path, out: Path) -> None:
-    from align.rsd import RSDConfig
-    from align.trace import TraceConfig, load_policies, trace_problems
-
-    *policies, tokenizer = load_policies({**PLAIN, "adapter": str(given / "positive")}, PLAIN)
-    config = TraceConfig(n=2, batch_size=4)
-    limits = RSDConfig(max_new_tokens=60)
-    trace_problems(*policies, tokenizer, problems(10), out / "traces.jsonl", out / "kept.jsonl", limits, config)
-
-
-def select(given: Path, out: Path) -> None:
-    from align.select import SelectConfig, select_traces
-
-    config = SelectConfig(keep_per_problem=1)
-    select_traces(*load(), rows(given, "verdicts.jsonl"), out / "selected.jsonl", config)
-
-
-def export(given: Path, out: Path) -> None:
-    from align.export import export_completions
-
-    first = [row for row in rows(given, "samples.jsonl") if row["sample"] == 0]
-    export_completions(first, out / "outputs.json", "alpaca-eval", "tiny")
-
-
-def inspect(given: Path, out: Path) -> None:
-    from align.models import load_tokenizer
-    from align.report import inspect_pairs
-
-    inspect_pairs(rows(given, "weighted.jsonl"), load_tokenizer(MODEL), out / "pairs.html")
-
-
-def merge(given: Path, out: Path) -> None:
-    from align.merge import merge_adapter
-
-    merge_adapter(MODEL, str(given / "positive"), out / "merged", dtype="float32")
-
-
-def train_sft(given: Path, out: Path) -> None:
-    from align.trainers.training import train_sft as stage
-
-    stage(PLAIN, rows(given, "demonstrations.jsonl"), out / "sft", args=TRAINING)
-
-
-def train_bash(given: Path, out: Path) -> None:
-    from align.trainers.training import train_sft as stage
-
-    stage(
-        PLAIN, rows(given, "demonstrations.jsonl"), out / "bash", args=TRAINING | {"refresh_steps": 2}, lora=LORA,
-        method="bash",
-    )  # fmt: skip
-
-
-def train_cdpo(given: Path, out: Path) -> None:
-    from align.trainers.training import train_preference as stage
-
-    args = {key: value for key, value in TRAINING.items() if key != "save_total_limit"}
-    stage("cdpo", PLAIN, rows(given, "weighted.jsonl"), out / "cdpo", args=args, lora=LORA | {"lora_dropout": 0.1})
-
-
-WORKS: dict[str, Callable[[Path, Path], None]] = {
-    work.__name__: work
-    for work in (
-        *(sample, verify, pair, tokenize, demonstrations, score_contrastive, score_reference, score_guidance, score_entropy),
-        *(score_rollout, mix_bash, mix_rac, trace, select, export, inspect, merge, train_sft, train_bash, train_cdpo),
-    )
-}  # fmt: skip
-
-
-def small_parts() -> None:
-    """Parts of a few rows, so that little data makes many of them."""
-    import align.demonstrations
-    import align.mix_stage
-    import align.preferences
-    import align.scoring.pairs
-    import align.select
-    import align.verify
-
-    align.verify.PART = align.select.PART = 12
-    align.demonstrations.ROWS_PER_PART = align.preferences.ROWS_PER_PART = align.mix_stage.PART = 8
-    align.scoring.pairs.score_stage.__kwdefaults__["per_part"] = 2
-
-
-def import_all() -> None:
-    """What the stages import, once for all forks."""
-    import datasets  # noqa: F401
-    import pyarrow.parquet  # noqa: F401
-    import torch
-
-    import align.evaluate
-    import align.scoring.rollout
-    import align.trainers.training  # noqa: F401
-
-    torch.set_num_threads(1)
-
-
-def prepare(given: Path, _out: Path) -> None:
-    """What the stages read."""
-    from peft import LoraConfig, get_peft_model
-    from torch import manual_seed
-
-    from align.demonstrations import tokenize_demonstrations
-    from align.models import load_tokenizer
-    from align.records import write_records
-
-    sample(given, given)
-    verify(given, given)
-    pair(given, given)
-    pairs = rows(given, "pairs.jsonl")
-    write_records(given / "preferences.jsonl", [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in pairs])
-    for row in pairs:
-        row |= {
-            f"{side}_ce_scores": [0.1 + i % 7 / 10 for i, _ in enumerate(row[f"{side}_ids"])]
-            for side in ("chosen", "rejected")
-        }
-    write_records(given / "weighted.jsonl", pairs)
-    tokenize_demonstrations(problems(40), load_tokenizer(MODEL), given / "demonstrations.jsonl")
-    for seed, name in enumerate(("positive", "negative")):
-        manual_seed(seed)
-        config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **LORA)
-        get_peft_model(load()[0], config).save_pretrained(given / name)
-
-
-def fork(work: Callable[[Path, Path], None], given: Path, out: Path, log: Path, kill_before: int = 0) -> int:
+def fork(work: Callable[[Path, Path], None], given: Path, out: Path, log: Path, kill_at: int = 0) -> int:
     """Starts `work` in a fork.
 
     Args:
-        kill_before: it kills itself before it opens for writing, moves or removes a file below `out` for the so manieth time.
+        kill_at: at which opening for writing, move or removal of a file below `out`, counted from 1, it kills itself;
+            0 is never.
     """
     if child := os.fork():
         return child
@@ -275,9 +44,9 @@ def fork(work: Callable[[Path, Path], None], given: Path, out: Path, log: Path, 
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        if kill_before:
-            kill_before_write(out, kill_before)
+        writes = watch_writes(out, kill_at)
         work(given, out)
+        log.with_name("writes").write_text(str(len(writes)))
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -287,21 +56,28 @@ def fork(work: Callable[[Path, Path], None], given: Path, out: Path, log: Path, 
         os._exit(code)
 
 
-def kill_before_write(out: Path, place: int) -> None:
-    """Python tells an audit hook of every file that it opens, moves or removes; libraries in other languages tell nothing."""
-    met = 0
+def watch_writes(out: Path, kill_at: int) -> list[str]:
+    """The writes below `out`, as they come.
+
+    Python tells an audit hook of every file that it opens, moves or removes; libraries in other languages tell nothing.
+    Of a file that it opens to write, half a line is left.
+    """
+    met: list[str] = []
 
     def hook(event: str, args: tuple) -> None:
-        nonlocal met
         writes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir") or (
             event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
         )
         if writes and str(args[0]).startswith(str(out)):
-            met += 1
-            if met == place:
+            met.append(event)
+            if len(met) == kill_at:
+                if event == "open":  # as a kill in the middle of this writing would leave it
+                    with suppress(OSError), open(os.open(args[0], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+                        file.write('{"id": "ha')
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+    return met
 
 
 def wait(child: int, log: Path) -> bool:
@@ -312,6 +88,10 @@ def wait(child: int, log: Path) -> bool:
     if status:
         raise SystemExit(f"a start failed by itself:\n{log.read_text(errors='replace')}")
     return False
+
+
+def has_ended(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def outcome(out: Path) -> dict[str, object]:
@@ -338,8 +118,8 @@ def check(whole: dict[str, object], out: Path, name: str) -> None:
         raise SystemExit(f"{name}: differs from an undisturbed run in {', '.join(differs)}")
 
 
-def kill_work(name: str, given: Path, folder: Path, kills: int, every_write: bool, chance: random.Random) -> dict:
-    """Kills one stage so often, or once before each of its writes; returns what happened."""
+def kill_work(name: str, given: Path, folder: Path, kills: int, at_writes: bool, chance: random.Random) -> dict:
+    """Kills one stage so often, at random moments or at its writes; returns what happened."""
     work, log, out = WORKS[name], folder / "log", folder / "out"
 
     def fresh() -> None:
@@ -352,28 +132,30 @@ def kill_work(name: str, given: Path, folder: Path, kills: int, every_write: boo
     seconds, whole = time.perf_counter() - start, outcome(out)
     assert whole, f"{name} wrote nothing"
     killed = ended = resumed = 0
-    if every_write:
-        while True:
+    if at_writes:
+        writes = int(log.with_name("writes").read_text())
+        for place in sorted(chance.sample(range(1, writes + 1), min(kills, writes))):
             fresh()
-            if not wait(fork(work, given, out, log, kill_before=killed + 1), log):
-                break
-            killed += 1
+            killed += wait(fork(work, given, out, log, kill_at=place), log)
             resumed += bool(outcome(out))
             wait(fork(work, given, out, log), log)
-            check(whole, out, f"{name}, killed before write {killed}")
+            check(whole, out, f"{name}, killed at write {place} of {writes}")
             ended += 1
     else:
         fresh()
         while killed < kills:
+            start, untouched = time.perf_counter(), not any(out.iterdir())
             child = fork(work, given, out, log)
-            time.sleep(chance.uniform(0, seconds))
-            os.kill(
-                child, signal.SIGKILL
-            )  # of one that has ended nothing is left to be killed, but it is still waited for
+            moment = start + chance.uniform(0, seconds)
+            while time.perf_counter() < moment and not has_ended(child):
+                time.sleep(0.002)
+            os.kill(child, signal.SIGKILL)  # one that has ended is still waited for, so that its number is its own
             if wait(child, log):
                 killed += 1
                 resumed += bool(outcome(out))
             else:
+                if untouched:  # on a machine that others use, too, the first run may have been slow
+                    seconds = min(seconds, time.perf_counter() - start)
                 check(whole, out, f"{name} after {killed} kills")
                 ended += 1
                 fresh()
@@ -392,8 +174,10 @@ def kill_work(name: str, given: Path, folder: Path, kills: int, every_write: boo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--works", nargs="+", default=list(WORKS), choices=list(WORKS))
-    parser.add_argument("--kills", type=int, default=30, help="of each stage, all of them while it works")
-    parser.add_argument("--every-write", action="store_true", help="kill once before each write instead")
+    parser.add_argument("--kills", type=int, default=30, help="of each stage; those count that strike while it works")
+    parser.add_argument(
+        "--at-writes", action="store_true", help="kill at so many of its writes instead, chosen at random"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     import_all()
@@ -405,7 +189,7 @@ def main() -> None:
         wait(fork(prepare, given, given, Path(folder) / "log"), Path(folder) / "log")
         for name in options.works:
             start = time.perf_counter()
-            found = kill_work(name, given, Path(folder), options.kills, options.every_write, chance)
+            found = kill_work(name, given, Path(folder), options.kills, options.at_writes, chance)
             print(json.dumps(found | {"took_s": round(time.perf_counter() - start, 1)}), flush=True)
 
 

@@ -21,6 +21,8 @@ def run(*arguments: str) -> list[dict]:
 def test_a_stage_that_is_killed_ends_with_the_same_rows():
     (found,) = run("--works", "verify", "--kills", "3")
     assert found["killed"] == 3 and found["compared"] >= 1
+    (found,) = run("--works", "pair", "--kills", "4", "--at-writes")
+    assert found["killed"] == found["compared"] == 4
 
 
 @pytest.mark.slow
@@ -32,6 +34,6 @@ def test_thirty_kills_of_every_stage_and_of_training():
 
 
 @pytest.mark.slow
-def test_a_kill_before_each_write_of_every_stage_and_of_training():
-    found = run("--every-write")
+def test_kills_at_the_writes_of_every_stage_and_of_training():
+    found = run("--kills", "10", "--at-writes")
     assert len(found) == 20 and all(each["killed"] == each["compared"] >= 3 for each in found), found

@@ -115,14 +115,14 @@ def test_a_death_between_result_and_manifest_does_not_lock_the_folder(tmp_path, 
     model, out = {"path": model_dir, "dtype": "float32"}, tmp_path / "out"
     original = training.write_manifest
 
-    def dying(path, *args):
+    def dying(path, *args, **kwargs):
         if path == out:
             raise KeyboardInterrupt
-        original(path, *args)
+        original(path, *args, **kwargs)
 
     with monkeypatch.context() as patched:
         patched.setattr(training, "write_manifest", dying)
         with pytest.raises(KeyboardInterrupt):
             train_sft(model, demonstrations(), out, args=ARGS, lora=LORA)
-    assert out.exists()
+    assert not out.exists()
     assert train_sft(model, demonstrations(), out, args=ARGS, lora=LORA)["steps"] == 4

@@ -249,8 +249,7 @@ def _train_alone(
         marker.touch()
         write_manifest(marker, method, settings, {})
     if process.is_main_process:
-        for file in working.rglob(".*.tmp"):  # of a run that was killed while it wrote
-            file.unlink()
+        _tidy(working)
     process.wait_for_everyone()
     # Weights that are trained are kept in float32, as TRL does: in bfloat16 an update of a small learning rate is rounded away.
     base = load_model(**(model if settings["lora"] is not None else {**model, "dtype": "float32"}))
@@ -279,8 +278,9 @@ def _train_alone(
         manifest_path(out_dir).unlink(missing_ok=True)  # it speaks of what is about to be replaced
         sync(working / "final")
         shutil.rmtree(out_dir, ignore_errors=True)
+        # Before the folder is there, or a death between the two would cost contexts that are no longer in `working`.
+        write_manifest(out_dir, method, settings, counts, written=working / "final")
         os.replace(working / "final", out_dir)
-        write_manifest(out_dir, method, settings, counts)
         _clear(working, marker)
     process.wait_for_everyone()
     del trainer, base
@@ -288,6 +288,17 @@ def _train_alone(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return counts
+
+
+def _tidy(working: Path) -> None:
+    """Takes back what a run left that was killed while it wrote, or while it put its result together."""
+    for file in working.rglob(".*.tmp"):
+        file.unlink()
+    final = working / "final"
+    if (final / "contexts").is_dir():
+        os.replace(final / "contexts", working / "contexts")
+    if final.exists():
+        shutil.rmtree(final)
 
 
 def _clear(working: Path, marker: Path) -> None:
