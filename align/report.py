@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from .records import TOKEN_COLUMNS, Record, atomic_path, check_ids, check_token_
 from .token_texts import decoder, texts_by
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from transformers import PreTrainedTokenizerBase
 
 SIDES = ("chosen", "rejected")
@@ -350,7 +352,11 @@ def script_safe(data: Any) -> str:
 
 def render(template: str, **values: Any) -> str:
     """One of `align/templates`, filled in; whatever is put in is escaped."""
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader
 
-    environment = Environment(loader=PackageLoader("align"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template(template).render(**values)
+    return Environment(loader=PackageLoader("align"), autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .charts import histogram_bars, number, training_charts
 from .errors import AlignError, ConfigError
-from .records import TOKEN_COLUMNS, Record, atomic_path, check_records, row_name
+from .records import TOKEN_COLUMNS, Record, atomic_path, check_ids, check_records, row_name
 from .report import SIDES, TRACE_COLUMNS, check_pair, column_summary, page_data, render, script_safe, trace_row
 from .row_sample import Sampled, sample_rows
 from .run_folder import DROPS, Run, Stage, read_run
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 #: Rows of a file that histograms and examples are drawn from, at most.
 SAMPLE = 2000
+
+#: No vocabulary is larger, and tokenizers cannot be asked about larger ids.
+LARGEST_ID = 2**31
 
 
 def inspect_run(
@@ -62,6 +65,8 @@ def inspect_run(
         if rows and columns:
             _add_histograms(histograms, sampled, rows, sides, columns)
             examples.append((name, rows, sides, columns, sampled.total))
+    # Reference log-probabilities are what other numbers are made of: they come last.
+    examples.sort(key=lambda example: example[3] == ["ref_logps"])
     if examples and tokenizer is None:
         tokenizer = _find_tokenizer(run)
     sets = [] if tokenizer is None else [_examples(tokenizer, *each, limit=limit) for each in examples]
@@ -83,14 +88,12 @@ def inspect_run(
 def _compare(run: Run, sampled: Sampled) -> None:
     """Names a file that has not the rows that its manifest counted."""
     for stage in run.stages:
-        rows = stage.counts.get("rows")
-        if (
-            sampled.path in stage.outputs
-            and stage.finished is not None
-            and isinstance(rows, int)
-            and rows != sampled.total
-        ):
-            run.problems.append(f"{sampled.path}: has {sampled.total:,} rows, and its manifest says {rows:,}")
+        if sampled.path not in stage.outputs or stage.finished is None:
+            continue
+        # `pair` counts the rows of its files by what is in them.
+        rows = stage.counts.get(Path(sampled.path).stem if stage.name == "pair" else "rows")
+        if isinstance(rows, int) and rows != sampled.total:
+            run.problems.append(f"{sampled.path}: has {sampled.total:,} rows, and its manifest says {_text(rows)}")
 
 
 def _scored_rows(run: Run, sampled: Sampled) -> tuple[list[Record], tuple[str, ...], list[str]]:
@@ -106,9 +109,12 @@ def _scored_rows(run: Run, sampled: Sampled) -> tuple[list[Record], tuple[str, .
             if columns:
                 check_records([row], "pair", source="it")
                 check_pair(row, row_name(row, index), columns)
+                for side in SIDES:
+                    check_ids(row[f"{side}_ids"], f"{side}_ids", row_name(row, index), LARGEST_ID)
                 rows.append(row)
             else:
                 check_records([row], "demonstration", source="it")
+                check_ids(row["completion_ids"], "completion_ids", row_name(row, index), LARGEST_ID)
                 shown = trace_row(row, row_name(row, index), traced)
                 rows += [] if shown is None else [shown]
         except (AlignError, OverflowError) as error:
@@ -220,8 +226,9 @@ def _drops(stages: list[Stage]) -> list[dict[str, Any]]:
                         "stage": stage.name,
                         "output": stage.outputs[0],
                         "meaning": meaning,
-                        "count": count,
+                        "count": _text(count),
+                        "none": not count,
                         "reason": reason,
                     }
                 )
-    return sorted(found, key=lambda drop: not drop["count"])
+    return sorted(found, key=lambda drop: drop["none"])
