@@ -4,7 +4,7 @@
 
 Pairs of random ids with a score each, lengths as given, through `align.inspect_pairs`, and the page of a run beside it with
 `--run DIR`. Loading is from the request until the page's `load` event and until tokens of the first pair stand on the screen;
-"all drawn" is after scrolling to the last pair. Medians. Needs `playwright`, and Chromium or Chrome.
+"all drawn", with `--scroll`, is once, scrolling down to the last pair. Medians. Needs `playwright`, and Chromium or Chrome.
 """
 
 import json
@@ -54,23 +54,30 @@ def headless(path: str) -> Iterator:
 
 
 def time_loading(browser, path: Path) -> dict[str, float]:
-    """Seconds until `load`, until the first token is on the screen, and, after scrolling down, until all is drawn."""
+    """Seconds until `load`, and until the first token is on the screen."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     start = time.perf_counter()
     page.goto(path.resolve().as_uri(), wait_until="load")
     loaded = time.perf_counter() - start
     page.locator(".tokens .t").first.wait_for(state="visible")
     seen = time.perf_counter() - start
+    page.close()
+    return {"load, s": loaded, "tokens visible, s": seen}
+
+
+def scroll_down(browser, path: Path) -> tuple[float, int]:
+    """Seconds until all is drawn where a reader scrolls down as fast as the page goes, and the answers that are then there."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(path.resolve().as_uri())
     start = time.perf_counter()
     while page.locator("#more").is_visible():
         if time.perf_counter() - start > 120:
             raise SystemExit(f"{path}: scrolled down for two minutes, and not all is drawn")
         page.evaluate("scrollTo(0, document.body.scrollHeight)")
         page.wait_for_timeout(10)
-    drawn = time.perf_counter() - start
-    cards = page.locator("article .tokens").count()
+    drawn, answers = time.perf_counter() - start, page.locator("article .tokens").count()
     page.close()
-    return {"load": loaded, "tokens visible": seen, "all drawn": drawn, "answers": cards}
+    return drawn, answers
 
 
 def random_page(tokenizer, n: int, tokens: int, path: Path) -> Path:
@@ -92,6 +99,7 @@ def main(
     pairs: int = 1000,
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens per answer; may be repeated.")] = None,
     repeats: int = 5,
+    scroll: Annotated[bool, typer.Option(help="Scroll down to the last pair, too.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Loads every page several times and prints medians."""
@@ -111,6 +119,8 @@ def main(
         for name, path in pages.items():
             times = [time_loading(browser, path) for _ in range(repeats)]
             found = {key: round(median(each[key] for each in times), 3) for key in times[0]}
+            if scroll:
+                found["all drawn, s"] = round(scroll_down(browser, path)[0], 1)
             rows.append({"page": name, "MB": round(path.stat().st_size / 1e6, 2), **found})
         version = browser.version
     print(markdown_table(rows))
