@@ -111,8 +111,9 @@ def test_tokens_are_on_the_screen(open_page, pages, name, scheme):
 def test_the_pointer_shows_a_token_and_its_number(open_page, pages, name):
     path, rows = pages[name]
     page = open_page(path)
-    ids, scores = shown_side(rows[0], name)
-    spans = page.locator("#pairs article").first.locator(".tokens").last.locator(".t")
+    ids, scores = shown_side(rows[2], name)
+    assert len(ids) > 3
+    spans = page.locator("#pairs article").nth(2).locator(".tokens").last.locator(".t")
     tip = page.locator("#tip")
     assert not tip.is_visible()
     for k in sorted({0, len(ids) // 2, len(ids) - 1}):
