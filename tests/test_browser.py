@@ -107,6 +107,13 @@ def test_tokens_are_on_the_screen(open_page, pages, name, scheme):
     assert len({background for _, background in colours}) > 3 and all(ink != background for ink, background in colours)
 
 
+def point_at(page, element):
+    """Scrolls first, and lets the scrolling end: the number at a token vanishes when the page moves."""
+    element.scroll_into_view_if_needed()
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    element.hover()
+
+
 @pytest.mark.parametrize("name", WHERE)
 def test_the_pointer_shows_a_token_and_its_number(open_page, pages, name):
     path, rows = pages[name]
@@ -117,7 +124,7 @@ def test_the_pointer_shows_a_token_and_its_number(open_page, pages, name):
     tip = page.locator("#tip")
     assert not tip.is_visible()
     for k in sorted({0, len(ids) // 2, len(ids) - 1}):
-        spans.nth(k).hover()
+        point_at(page, spans.nth(k))
         assert tip.is_visible()
         said = tip.inner_text()
         assert f"id {ids[k]} · position {k} of {len(ids)}" in said
@@ -147,7 +154,7 @@ def test_pairs_are_found_sorted_and_coloured_by_another_column(open_page, pages)
     lowest = min(rows, key=lambda row: min(row["rejected_ce_scores"]))
     assert page.locator("#pairs h2").first.text_content() == lowest["id"]
     page.locator("#column").select_option(label="ref_logps")
-    page.locator("#pairs .t").first.hover()
+    point_at(page, page.locator("#pairs .t").first)
     assert "ref_logps" in page.locator("#tip div").nth(1).inner_text()
 
 
@@ -157,7 +164,7 @@ def test_the_run_page_changes_files_and_its_charts_answer(open_page, pages):
     page.locator("#set").select_option(label="traces.jsonl")
     assert "traces.jsonl" in page.locator("#about").inner_text()
     assert page.locator("#pairs article").first.locator("h3").text_content().startswith("Trace")
-    page.locator("#pairs .t").first.hover()
+    point_at(page, page.locator("#pairs .t").first)
     assert "student_probs" in page.locator("#tip").inner_text()
     # Every point of a curve, under the pointer.
     chart = page.locator("svg[data-lines]").first
@@ -172,7 +179,7 @@ def test_the_run_page_changes_files_and_its_charts_answer(open_page, pages):
     page.mouse.move(1, 1)
     assert not tip.is_visible()
     bar = page.locator("#scores rect.bar").nth(12)
-    bar.hover()
+    point_at(page, bar)
     assert "% of chosen" in tip.inner_text()
     for words in ("cDPO!", "problems without a right completion", "score contrastive"):
         assert page.get_by_text(words, exact=True).first.is_visible()

@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import random
 import re
 import shutil
@@ -397,8 +398,6 @@ def test_without_a_tokenizer_there_are_numbers_but_no_tokens(run, tmp_path):
 
 
 def test_stages_are_in_the_order_of_their_file_times(run):
-    import os
-
     for k, name in enumerate(("traces.jsonl", "cdpo", "verdicts.jsonl")):
         os.utime(run / f"{name}.manifest.json", (1000 + k, 1000 + k))
     assert [stage.outputs[0] for stage in read_run(run).stages][:3] == ["traces.jsonl", "cdpo", "verdicts.jsonl"]
