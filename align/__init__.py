@@ -29,6 +29,7 @@ _NAMES = {
     "export_completions": "export",
     "inspect_pairs": "report",
     "inspect_traces": "report",
+    "inspect_run": "run_report",
     "load_adapters": "models",
     "load_model": "models",
     "load_problems": "problems",

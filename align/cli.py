@@ -21,6 +21,7 @@ from .cli_common import (
     print_counts,
     unescape,
 )
+from .cli_inspect import app as inspect_app
 from .cli_mix import app as mix_app
 from .cli_score import app as score_app
 from .cli_trace import select, trace
@@ -31,6 +32,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(score_app, name="score")
 app.add_typer(mix_app, name="mix")
+app.add_typer(inspect_app, name="inspect")
 app.command()(trace)
 app.command()(select)
 
@@ -233,36 +235,6 @@ def merge(
     from .merge import merge_adapter
 
     typer.echo(merge_adapter(model, adapter, out, dtype=dtype, trust_remote_code=trust_remote_code))
-
-
-@app.command()
-def inspect(
-    pairs: Annotated[str, typer.Argument(help="Scored pairs, or traces.")],
-    out: Annotated[str, typer.Argument(help="HTML page to write.")],
-    tokenizer: Annotated[str, typer.Option(help="Hub name or folder of the tokenizer that made the ids.")],
-    column: Annotated[
-        list[str] | None, typer.Option(help="Token-level column, of pairs without its side: ce_scores, student_probs.")
-    ] = None,
-    limit: int = 1000,
-    title: str | None = None,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Writes a page of pairs, or of traces, with tokens coloured by a token-level column.
-
-    Example: align inspect scored.jsonl pairs.html --tokenizer data/tiny-arithmetic/model
-    """
-    from .models import load_tokenizer
-    from .records import check_records, read_records
-    from .report import inspect_pairs, inspect_traces
-
-    check_apart(pairs, out)
-    rows = read_records(pairs)
-    loaded = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
-    if rows and "from_teacher" in rows[0]:
-        typer.echo(inspect_traces(rows, loaded, out, columns=column, limit=limit, title=title or "align: traces"))
-        return
-    check_records(rows, "pair", source=pairs)
-    typer.echo(inspect_pairs(rows, loaded, out, columns=column, limit=limit, title=title or "align: pairs"))
 
 
 def main() -> None:

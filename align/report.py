@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from .records import TOKEN_COLUMNS, Record, atomic_path, check_ids, check_prompt
 from .token_texts import decoder, texts_by
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from transformers import PreTrainedTokenizerBase
 
 SIDES = ("chosen", "rejected")
@@ -138,9 +140,9 @@ def inspect_pairs(
         raise RecordError("there are no pairs to show; score some first")
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit} would show no pair; give at least 1, or None for all")
-    present = _present_columns(pairs, [columns] if isinstance(columns, str) else columns)
+    present = present_columns(pairs, [columns] if isinstance(columns, str) else columns)
     for index, pair in enumerate(pairs):
-        _check_pair(pair, row_name(pair, index), present)
+        check_pair(pair, row_name(pair, index), present)
     return _write_page(pairs, tokenizer, out_path, SIDES, "pairs", present, limit, title, summary, facts)
 
 
@@ -172,34 +174,42 @@ def inspect_traces(
         raise MissingColumnError(f"traces have no column {', '.join(unknown)}; there are {', '.join(TRACE_COLUMNS)}")
     rows = []
     for index, trace in enumerate(traces):
-        name = row_name(trace, index)
-        for column in ("id", "prompt", "completion_ids", *columns):
-            if trace.get(column) is None:
-                raise MissingColumnError(
-                    f"{name}: column {column!r} is missing; give traces as `align trace` writes them"
-                )
-        check_ids(trace["completion_ids"], "completion_ids", name)
-        if not trace["completion_ids"]:
-            continue
-        check_prompt(trace["prompt"], name)
-        row = {"id": str(trace["id"]), "prompt": trace["prompt"], "trace_ids": trace["completion_ids"]}
-        if "sample" in trace:
-            row["id"] = f"{trace['id']}, sample {trace['sample']}"
-        if "correct" in trace:
-            row["id"] += ", right" if trace["correct"] else ", wrong"
-        for column in columns:
-            values = trace[column]
-            if not isinstance(values, list) or len(values) != len(trace["completion_ids"]):
-                raise RecordError(f"{name}: {column} needs one number for each of {len(trace['completion_ids'])} ids")
-            if not all(isinstance(v, (bool, int, float)) and 0 <= v <= 1 for v in values):
-                raise RecordError(f"{name}: {column} has a value that is no number in [0, 1]")
-            row[f"trace_{column}"] = [float(v) for v in values]
-        rows.append(row)
+        row = trace_row(trace, row_name(trace, index), columns)
+        if row is not None:
+            rows.append(row)
     if not rows:
         raise RecordError(f"none of {len(traces)} traces has a token to show")
     if left_out := len(traces) - len(rows):
         facts = {**(facts or {}), "traces without a token, left out": str(left_out)}
     return _write_page(rows, tokenizer, out_path, ("trace",), "traces", columns, limit, title, None, facts)
+
+
+def trace_row(trace: Mapping[str, Any], name: str, columns: Sequence[str]) -> Record | None:
+    """A trace as the page's rows are, `trace_ids` and `trace_<column>`; `None` for one without a token.
+
+    Raises:
+        MissingColumnError, RecordError: the trace, called `name`, cannot be shown.
+    """
+    for column in ("id", "prompt", "completion_ids", *columns):
+        if trace.get(column) is None:
+            raise MissingColumnError(f"{name}: column {column!r} is missing; give traces as `align trace` writes them")
+    check_ids(trace["completion_ids"], "completion_ids", name)
+    if not trace["completion_ids"]:
+        return None
+    check_prompt(trace["prompt"], name)
+    row = {"id": str(trace["id"]), "prompt": trace["prompt"], "trace_ids": trace["completion_ids"]}
+    if "sample" in trace:
+        row["id"] = f"{trace['id']}, sample {trace['sample']}"
+    if "correct" in trace:
+        row["id"] += ", right" if trace["correct"] else ", wrong"
+    for column in columns:
+        values = trace[column]
+        if not isinstance(values, list) or len(values) != len(trace["completion_ids"]):
+            raise RecordError(f"{name}: {column} needs one number for each of {len(trace['completion_ids'])} ids")
+        if not all(isinstance(v, (bool, int, float)) and 0 <= v <= 1 for v in values):
+            raise RecordError(f"{name}: {column} has a value that is no number in [0, 1]")
+        row[f"trace_{column}"] = [float(v) for v in values]
+    return row
 
 
 def _write_page(
@@ -215,19 +225,10 @@ def _write_page(
     facts: Mapping[str, str] | None,
 ) -> Path:
     """Rows with `<side>_ids` and `<side>_<column>` for each of `sides`."""
-    decode, vocabulary = decoder(tokenizer), {}
-    data = {
-        "sides": list(sides),
-        "columns": [_column(rows, column, sides) for column in columns],
-        "pairs": [_page_row(row, decode, vocabulary, columns, sides) for row in rows[:limit]],
-        "total": len(rows),
-    }
-    special = set(tokenizer.all_special_ids)
-    data["vocabulary"] = [[token_id, text, int(token_id in special)] for token_id, text in vocabulary]
-    page = _render(
-        title=title, data=_script_safe(data), shown=len(data["pairs"]), total=len(rows), noun=noun, facts=dict(facts or {}),
-        marked="a rejected answer" if "rejected" in sides else "an answer",
-        summary=list(summary or ()), header=list(dict.fromkeys(name for row in summary or () for name in row)),
+    data = page_data(rows, tokenizer, sides, columns, limit)
+    page = render(
+        "inspect.html.jinja", title=title, data=script_safe(data), shown=len(data["pairs"]), total=len(rows), noun=noun,
+        facts=dict(facts or {}), summary=list(summary or ()), header=list(dict.fromkeys(name for row in summary or () for name in row)),
     )  # fmt: skip
     out_path = Path(out_path)
     with locked(out_path), atomic_path(out_path) as temporary:
@@ -235,7 +236,30 @@ def _write_page(
     return out_path
 
 
-def _present_columns(pairs: Sequence[Record], columns: Sequence[str] | None) -> list[str]:
+def page_data(
+    rows: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    sides: Sequence[str],
+    columns: Sequence[str],
+    limit: int | None,
+) -> dict[str, Any]:
+    """What the script of a page reads: rows with `<side>_ids` and `<side>_<column>` for each of `sides`, checked before.
+
+    Histograms are over all rows, the first `limit` of which are shown.
+    """
+    decode, vocabulary = decoder(tokenizer), {}
+    data = {
+        "sides": list(sides),
+        "columns": [column_summary(rows, column, sides) for column in columns],
+        "pairs": [_page_row(row, decode, vocabulary, columns, sides) for row in rows[:limit]],
+        "total": len(rows),
+    }
+    special = set(tokenizer.all_special_ids)
+    data["vocabulary"] = [[token_id, text, int(token_id in special)] for token_id, text in vocabulary]
+    return data
+
+
+def present_columns(pairs: Sequence[Record], columns: Sequence[str] | None) -> list[str]:
     def is_there(column: str) -> bool:
         return any(pair.get(f"{side}_{column}") is not None for pair in pairs for side in SIDES)
 
@@ -251,7 +275,7 @@ def _present_columns(pairs: Sequence[Record], columns: Sequence[str] | None) -> 
     return list(columns)
 
 
-def _check_pair(pair: Mapping[str, Any], name: str, columns: Sequence[str]) -> None:
+def check_pair(pair: Mapping[str, Any], name: str, columns: Sequence[str]) -> None:
     for column in ("id", "prompt", "chosen_ids", "rejected_ids"):
         if pair.get(column) is None:
             raise MissingColumnError(f"{name}: column {column!r} is missing; give pairs as `align pair` writes them")
@@ -267,7 +291,7 @@ def _check_pair(pair: Mapping[str, Any], name: str, columns: Sequence[str]) -> N
         )
 
 
-def _column(pairs: Sequence[Record], column: str, sides: Sequence[str]) -> dict[str, Any]:
+def column_summary(pairs: Sequence[Record], column: str, sides: Sequence[str]) -> dict[str, Any]:
     """What the header of the page says of a column."""
     values = {side: [v for pair in pairs for v in pair.get(f"{side}_{column}") or ()] for side in sides}
     everything = sorted(v for those in values.values() for v in those) or [0.0]
@@ -321,7 +345,7 @@ def _content(content: Any) -> str:
     return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
 
 
-def _script_safe(data: Any) -> str:
+def script_safe(data: Any) -> str:
     """JSON that cannot end the script element it stands in, nor open a comment there."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace").decode()
     for character in "&<>\u2028\u2029":
@@ -329,8 +353,13 @@ def _script_safe(data: Any) -> str:
     return text
 
 
-def _render(**values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """One of `align/templates`, filled in; whatever is put in is escaped."""
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader
 
-    environment = Environment(loader=PackageLoader("align"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("inspect.html.jinja").render(**values)
+    return Environment(loader=PackageLoader("align"), autoescape=True, trim_blocks=True, lstrip_blocks=True)

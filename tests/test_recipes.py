@@ -217,6 +217,13 @@ def test_all_methods_on_a_handful_of_problems(tmp_path):
     assert len(row["rejected_weights"]) == len(row["rejected_ref_logps"])
     page = (out / "pairs.html").read_text()
     assert all(f'"{column}"' in page for column in ("ce_scores", "guidance_logratios", "rollout_values", "entropies"))
+    done = align("inspect", "run", out)
+    assert "align:" not in done.stderr  # nothing is missing
+    page = Path(done.stdout.strip()).read_text()
+    assert all(f"<h3>{method}<span>" in page and METHODS[method].title in page for method in read_config(ALL).methods)
+    assert all(
+        f"<figcaption>{name}" in page for name in ("ce_scores", "guidance_logratios", "rollout_values", "weights")
+    )
 
 
 def test_tgdpo_on_a_preference_data_set(tmp_path):
