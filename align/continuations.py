@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from .logps import head_on, shares_prefixes
 from .losses import CHUNK
 from .prefix_tree import Row
-from .sample import SampleConfig, derived_seed, find_end, pad_left, run_generate
+from .sample import SampleConfig, derived_seed, end_token_ids, find_end, pad_left, run_generate
 from .tokens import pad_rows
 
 if TYPE_CHECKING:
@@ -135,7 +135,8 @@ class Continuations:
 
     def _end(self, fork: Fork, ids: list[int]) -> tuple[list[int], int] | None:
         prompt = self.rows[fork.row][0]
-        return find_end(self.model, self.tokenizer, ids, self.config, given=fork.position, context=prompt)
+        end_ids = end_token_ids(self.model, self.tokenizer.eos_token_id)
+        return find_end(end_ids, self.tokenizer, ids, self.config, given=fork.position, context=prompt)
 
     def complete(self, forks: Sequence[Fork]) -> list[list[int]]:
         """Goes on from each fork.
