@@ -214,6 +214,7 @@ class VLLMEngine(Engine):
         try:
             from vllm import LLM
             from vllm.lora.request import LoRARequest
+            from vllm.platforms import current_platform
         except ImportError as error:
             raise ConfigError(
                 f"engine 'vllm' needs vLLM ({_short(error)}); install the extra: pip install 'align[vllm]' (on a machine without "
@@ -223,6 +224,9 @@ class VLLMEngine(Engine):
         trust, path = model.get("trust_remote_code", False), model["path"]
         self.vocab_size, self.end_ids = describe_model(path, tokenizer, trust)
         given = {f: getattr(config, f) for f in ENGINES["vllm"] if getattr(config, f) is not None}
+        if current_platform.is_cpu():
+            # Where a part of a prompt is computed, vLLM turns the request's generator back, which a CPU's cannot (0.32).
+            given["enable_chunked_prefill"] = False
         lora = {} if adapter is None else {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank(adapter)}
         self.lora = None if adapter is None else LoRARequest("adapter", 1, str(Path(adapter).absolute()))
         try:
@@ -248,14 +252,20 @@ class VLLMEngine(Engine):
     def generate(self, prompts: Sequence[Sequence[int]], config: SampleConfig, seed: int) -> list[Draws]:
         """See `Engine`. Draw k of prompt i has a seed of its own, so that it depends on no other row."""
         from vllm import SamplingParams
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         # Draw k of a request adds k to its seed.
         params = [
             SamplingParams(**self.sampling(config, derived_seed(seed, i * config.n))) for i in range(len(prompts))
         ]
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False, lora_request=self.lora
-        )
+        try:
+            outputs = self.llm.generate(
+                [{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False, lora_request=self.lora
+            )
+        except (ValueError, RuntimeError, EngineDeadError) as error:
+            raise EngineError(
+                f"vLLM broke off: {_short(error)}; its log above says more. Started again, the run goes on"
+            ) from error
         found: list[Draws] = []
         for prompt, output in zip(prompts, outputs, strict=True):
             if list(output.prompt_token_ids) != list(prompt):

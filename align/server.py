@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 from .engines import EngineConfig, describe_model, read_completion, sampling_options
@@ -89,6 +89,8 @@ class ServerEngine(Engine):
         with ThreadPoolExecutor(min(self.concurrency, len(prompts))) as pool:
             futures = [pool.submit(draw, place) for place in range(len(prompts))]
             try:
+                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                    future.result()  # raises what went wrong, though others are not done
                 return [future.result() for future in futures]
             except BaseException:
                 stopped.set()  # what waits for another try gives up
@@ -143,7 +145,7 @@ class ServerEngine(Engine):
         # Before anything is asked, an address that nobody listens at is a mistake; later, a server that restarts.
         waits = iter(WAITS if stopped is not None else ())
         while True:
-            wait = next(waits, None)
+            pause = next(waits, None)
             try:
                 answer = self._client.request(method, f"{self.url}/{path}", json=body)
             except httpx2.ReadTimeout:
@@ -158,7 +160,7 @@ class ServerEngine(Engine):
                 if answer.is_success:
                     return answer
                 problem, again = self._refusal(answer), answer.status_code in TRANSIENT
-            if not again or wait is None or stopped.wait(wait):
+            if not again or pause is None or stopped.wait(pause):
                 raise EngineError(problem)
 
     def _refusal(self, answer: httpx2.Response) -> str:
