@@ -233,6 +233,7 @@ class VLLMEngine(Engine):
             with _alone(config.tensor_parallel_size or 1):
                 self.llm = LLM(
                     model=path,
+                    tokenizer=tokenizer.name_or_path,
                     dtype=model.get("dtype", "bfloat16"),
                     trust_remote_code=trust,
                     generation_config="vllm",  # no sampling settings of the checkpoint's

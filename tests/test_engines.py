@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +16,10 @@ from conftest import byte_level_tokenizer, tiny_llama
 
 from align import engines, server
 from align.cli import main
+from align.config import read_config
 from align.engines import EngineConfig, describe_model, open_engine, read_completion, visible_devices
 from align.errors import ConfigError, EngineError, ModelLoadError
+from align.pipeline import Chain
 from align.records import read_records
 from align.sample import SampleConfig, TransformersEngine, sample_completions
 from align.stages import manifest_path
@@ -390,6 +393,20 @@ def test_what_an_engine_cannot_take_of_a_model_is_refused_before_loading():
     ):
         with pytest.raises(ConfigError, match=words):
             open_engine(config, {"path": "nowhere", **model}, TOKENIZER)
+
+
+def test_a_recipes_engine_is_checked_before_it_runs(tmp_path):
+    config = Path(__file__).parents[1] / "recipes/configs/cdpo/tiny-arithmetic.yaml"
+    for changes, words in (
+        (["engine.name=server", "engine.server_url=http://host"], "a recipe samples what it has just trained"),
+        (["engine.name=sglang"], "unknown"),
+        (["engine.tensor_parallel_size=2"], "belongs to engine 'vllm'"),
+        (["engine.names=vllm"], "unknown names"),
+        (["engine.name=vllm", "model.quantization=4bit"], "AWQ"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Chain(read_config(config, changes), tmp_path)
+    assert Chain(read_config(config, ["engine.name=vllm"]), tmp_path).settings.engine == EngineConfig("vllm")
 
 
 def test_without_vllm_the_command_that_installs_it_is_named(folder, monkeypatch):
