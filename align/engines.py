@@ -228,6 +228,7 @@ class VLLMEngine(Engine):
             # Where a part of a prompt is computed, vLLM turns the request's generator back, which a CPU's cannot (0.32).
             given["enable_chunked_prefill"] = False
         lora = {} if adapter is None else {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank(adapter)}
+        self.llm: LLM | None = None
         self.lora = None if adapter is None else LoRARequest("adapter", 1, str(Path(adapter).absolute()))
         try:
             with _alone(config.tensor_parallel_size or 1):
@@ -243,7 +244,10 @@ class VLLMEngine(Engine):
                 )
             if self.lora is not None:
                 self.llm.llm_engine.add_lora(self.lora)
+        except ConfigError:
+            raise
         except (OSError, ValueError, RuntimeError) as error:
+            self.close()
             raise EngineError(
                 f"vLLM does not start with {path}{f' and adapter {adapter}' if adapter else ''}: {_short(error)}; its log above "
                 "says more. Where memory is short, lower gpu_memory_utilization or max_model_len"
@@ -287,7 +291,8 @@ class VLLMEngine(Engine):
         return {**sampling_options(config, self.end_ids), "seed": seed, "ignore_eos": True}
 
     def close(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
 
 
 def sampling_options(config: SampleConfig, end_ids: Sequence[int]) -> dict[str, Any]:

@@ -157,8 +157,9 @@ def free_port():
 def served(tmp_path_factory, adapter):
     """Address of a `vllm serve` with a key, the model and an adapter."""
     port, log = free_port(), tmp_path_factory.mktemp("serve") / "log"
+    # What `vllm serve` runs; that command asks for the version of a package `vllm`, which the CPU build is not called.
     command = [
-        str(Path(sys.executable).with_name("vllm")), "serve", MODEL["path"], "--dtype", "float32", "--host", "127.0.0.1",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL["path"], "--dtype", "float32", "--host", "127.0.0.1",
         "--port", str(port), "--api-key", "secret", "--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"tuned={adapter}",
         "--no-enable-chunked-prefill",
     ]  # fmt: skip
@@ -177,11 +178,12 @@ def served(tmp_path_factory, adapter):
             pytest.fail(f"no server: {log.read_text()[-3000:]}")
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
 
 
 def test_a_servers_greedy_ids_are_those_of_transformers(tmp_path, served, tokenizer, problems, adapter, monkeypatch):
