@@ -171,13 +171,15 @@ def test_end_tokens_are_those_of_tokenizer_and_checkpoint(folder):
         describe_model(f"{folder}/none", TOKENIZER)
 
 
-def test_every_request_says_all_settings_and_has_a_seed_of_its_own(tmp_path, fake, folder):
-    config = SampleConfig(n=5, temperature=0.7, top_p=0.9, top_k=11, max_new_tokens=4, batch_size=4, seed=3)
+@pytest.mark.parametrize("batch_size, sizes", [(4, [1, 1, 1, 1, 4, 4, 4, 4]), (20, [5, 5, 5, 5])])
+def test_every_request_says_all_settings_and_has_a_seed_of_its_own(tmp_path, fake, folder, batch_size, sizes):
+    """Draws of a problem among several batches, and several problems in a batch."""
+    config = SampleConfig(n=5, temperature=0.7, top_p=0.9, top_k=11, max_new_tokens=4, batch_size=batch_size, seed=3)
     with fake.engine(folder) as engine:
         sample_completions(engine, TOKENIZER, problems(4), tmp_path / "a.jsonl", config)
         asked = fake.requests.copy()
         sample_completions(engine, TOKENIZER, problems(4), tmp_path / "b.jsonl", config)
-    assert [len(rows) for rows in ([a for a in asked if a["n"] == 4], [a for a in asked if a["n"] == 1])] == [4, 4]
+    assert sorted(one["n"] for one in asked) == sizes
     for one in asked:
         expected = {
             "temperature": 0.7,
