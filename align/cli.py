@@ -17,7 +17,6 @@ from .cli_common import (
     finished,
     identity,
     is_first,
-    load,
     print_counts,
     unescape,
 )
@@ -61,18 +60,46 @@ def sample(
     chat: Annotated[bool, typer.Option(help="Put the prompt through the chat template.")] = False,
     system_prompt: str | None = None,
     answers: Annotated[bool, typer.Option(help="Problems with answers; --no-answers for open-ended prompts.")] = True,
-    dtype: Dtype = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 (unless the engine is a server) or float16.")
+    ] = None,
     quantization: Quantization = None,
     trust_remote_code: Trust = False,
+    engine: Annotated[
+        str, typer.Option(help="transformers; vllm (pip install 'align[vllm]'); or server, one that returns token ids.")
+    ] = "transformers",
+    tensor_parallel_size: Annotated[int | None, typer.Option(help="vllm: GPUs that share the model.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="vllm: most tokens of prompt and completion.")] = None,
+    gpu_memory_utilization: Annotated[float | None, typer.Option(help="vllm: share of a GPU's memory.")] = None,
+    server_url: Annotated[
+        str | None, typer.Option(help="server: http://HOST:PORT/v1; its key in ALIGN_SERVER_KEY.")
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="server: the model's name there; --model's by default.")
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option(help="server: most requests at a time; 64.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="server: seconds that a request may take; 600.")] = None,
 ) -> None:
     """Draws n completions per problem.
 
     Example: align sample data/tiny-arithmetic/test.jsonl samples.jsonl --model data/tiny-arithmetic/model --n 4 --limit 40 --dtype float32
+
+    Example: align sample data/tiny-arithmetic/test.jsonl drawn.jsonl --model data/tiny-arithmetic/model --engine server --server-url http://localhost:8000/v1
     """
+    from .engines import EngineConfig, open_engine
+    from .models import load_tokenizer
     from .problems import load_problems
     from .sample import SampleConfig, sample_completions, sample_settings
 
     check_apart(problems, out)
+    dtype = dtype or (None if engine == "server" else "bfloat16")
+    drawing = EngineConfig(
+        engine, tensor_parallel_size, max_model_len, gpu_memory_utilization, server_url, served_model_name, concurrency,
+        timeout,
+    )  # fmt: skip
+    loaded = {"path": model, "adapter": adapter, "quantization": quantization, "trust_remote_code": trust_remote_code}
+    loaded |= {} if dtype is None else {"dtype": dtype}
+    drawing.check_model(loaded)
     stops = tuple(map(unescape, stop or ()))
     config = SampleConfig(n, temperature, top_p, top_k, max_new_tokens, max_prompt_length, stops, seed, batch_size)
     rows = load_problems(
@@ -85,11 +112,12 @@ def sample(
         system_prompt=unescape(system_prompt),
         answers=answers,
     )
-    depends = identity(model, dtype, quantization, adapter=adapter)
+    depends = {**identity(model, dtype, quantization, adapter=adapter), **drawing.settings()}
     if finished(out, "sample", sample_settings(rows, config, depends)):
         return
-    loaded, tokenizer = load(model, adapter, dtype, quantization, trust_remote_code)
-    print_counts(sample_completions(loaded, tokenizer, rows, out, config, depends))
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    with open_engine(drawing, loaded, tokenizer) as opened:
+        print_counts(sample_completions(opened, tokenizer, rows, out, config, depends))
 
 
 @app.command()

@@ -28,7 +28,7 @@ def print_counts(counts: dict) -> None:
         typer.echo(json.dumps(counts, indent=2, ensure_ascii=False))
 
 
-def identity(model: str, dtype: str, quantization: str | None, **adapters: str | None) -> dict:
+def identity(model: str, dtype: str | None, quantization: str | None, **adapters: str | None) -> dict:
     """What an output depends on besides its inputs, for its manifest."""
     from .models import model_identity
 

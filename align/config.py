@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from .engines import EngineConfig
 from .errors import ConfigError
 from .export import check_format
 from .pair import PairConfig
@@ -81,6 +82,8 @@ class ChainConfig:
         demonstrations: what SFT, BASH and RAC learn from: `positive`, the right solutions among those sampled, or
             `solutions`, those that the training problems come with; then nothing is sampled for them.
         sample: fields of `SampleConfig` for the training problems.
+        engine: `name` (`transformers` or `vllm`) and fields of `EngineConfig`: what draws for training and test problems; a teacher's
+            samples, rollouts, traces and contexts are transformers'.
         pair: fields of `PairConfig`.
         contrastive: `args` (`trl.SFTConfig`) and `lora` (`peft.LoraConfig`) of the positive and negative model.
         guide: TGDPO's guide: `path` of a preference-trained policy, or `args` and `lora` to train one by DPO; where it is left
@@ -107,6 +110,7 @@ class ChainConfig:
     test_pairs: dict[str, Any] = field(default_factory=dict)
     demonstrations: str = "positive"
     sample: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
     pair: dict[str, Any] = field(default_factory=dict)
     contrastive: dict[str, Any] = field(default_factory=dict)
     guide: dict[str, Any] = field(default_factory=dict)
@@ -250,6 +254,12 @@ class Settings:
         self._check_sources(config)
         self._check_teaching(config, out, learns - {"demonstrations"})
         self.sampling = section(SampleConfig, config.sample, "sample")
+        self.engine = section(EngineConfig, config.engine, "engine")
+        if self.engine.name == "server":
+            raise ConfigError(
+                "section 'engine': a recipe samples what it has just trained, which no server has; use vllm"
+            )
+        self.engine.check_model(config.model)
         self.pairing = section(PairConfig, config.pair, "pair")
         # Rollouts ask what the policy does from a position on, so they are drawn as the solutions were.
         drawn = {name: config.sample[name] for name in DRAWN if name in config.sample}

@@ -17,7 +17,7 @@ from .logps import head_on, shares_prefixes
 from .losses import CHUNK
 from .models import base_model, cache_name
 from .prefix_tree import Row
-from .sample import SampleConfig, derived_seed, find_end, pad_left, run_generate
+from .sample import SampleConfig, derived_seed, end_token_ids, find_end, pad_left, run_generate
 from .tokens import pad_rows
 
 if TYPE_CHECKING:
@@ -137,7 +137,8 @@ class Continuations:
 
     def _end(self, fork: Fork, ids: list[int]) -> tuple[list[int], int] | None:
         prompt = self.rows[fork.row][0]
-        return find_end(self.model, self.tokenizer, ids, self.config, given=fork.position, context=prompt)
+        end_ids = end_token_ids(self.model, self.tokenizer.eos_token_id)
+        return find_end(end_ids, self.tokenizer, ids, self.config, given=fork.position, context=prompt)
 
     def complete(self, forks: Sequence[Fork]) -> list[list[int]]:
         """Goes on from each fork.

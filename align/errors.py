@@ -33,3 +33,7 @@ class RecordFileError(AlignError, OSError):
 
 class ModelLoadError(AlignError, OSError):
     """No model or tokenizer can be loaded from a path."""
+
+
+class EngineError(AlignError, RuntimeError):
+    """An engine or server that draws completions cannot be used, or gives what is no completion of its prompt."""

@@ -100,10 +100,13 @@ class Chain:
         """Model and tokenizer; a folder without an adapter in it is a fully fine-tuned model of its own."""
         from .models import load_model
 
-        settings, tokenizer = dict(self.config.model), self.tokenizer()
+        return load_model(**self._loading(adapter)), self.tokenizer()
+
+    def _loading(self, adapter: Path | None) -> dict[str, Any]:
+        """Arguments of `align.load_model`."""
         if adapter is not None and not (adapter / "adapter_config.json").exists():
-            return load_model(**{**settings, "path": str(adapter)}), tokenizer
-        return load_model(**settings, adapter=str(adapter) if adapter else None), tokenizer
+            return {**self.config.model, "path": str(adapter)}
+        return {**self.config.model, "adapter": str(adapter) if adapter else None}
 
     def tokenizer(self):
         from .models import load_tokenizer
@@ -121,12 +124,15 @@ class Chain:
     def _sample(
         self, problems: list[Record], path: Path, config: SampleConfig, adapter: Path | None = None
     ) -> dict[str, int]:
-        identity = self.identity(**({} if adapter is None else {"adapter": adapter}))
+        from .engines import open_engine
+
+        identity = self.identity(**({} if adapter is None else {"adapter": adapter})) | self.settings.engine.settings()
         if is_complete(path, "sample", sample_settings(problems, config, identity)):
             return read_manifest(path)["counts"]  # before a model is loaded for nothing
-        model, tokenizer = self.load(adapter)
-        counts = sample_completions(model, tokenizer, problems, path, config, identity)
-        del model
+        tokenizer = self.tokenizer()
+        with open_engine(self.settings.engine, self._loading(adapter), tokenizer) as engine:
+            counts = sample_completions(engine, tokenizer, problems, path, config, identity)
+        del engine
         gc.collect()
         return counts
 

@@ -1,10 +1,12 @@
-"""n completions per problem with transformers: seeded, batched by length, shared among processes, resumable."""
+"""n completions per problem: seeded, batched by length, shared among processes, resumable. What draws is an `Engine`;
+transformers' is here, others are in `engines.py`."""
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,10 @@ from .tokens import add_eos, decode_completion, encode_prompt
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+#: Of one prompt: per draw the completion's ids, EOS included where it ended, and the finish reason (`stop`, `length`).
+Draws = list[tuple[list[int], str]]
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,51 @@ class SampleConfig:
         object.__setattr__(self, "stop", stop)
 
 
+class Engine(ABC):
+    """What draws completions.
+
+    Attributes:
+        vocab_size: ids from 0 to one below it can be fed.
+        max_length: most tokens of a prompt and its completion together; `None` without a bound.
+        settings: what, of the engine, the samples depend on; stands in the manifest.
+    """
+
+    vocab_size: int
+    max_length: int | None = None
+    settings: Mapping[str, Any]
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Sequence[int]], config: SampleConfig, seed: int) -> list[Draws]:
+        """`config.n` draws of every prompt (ids); they depend on these arguments alone."""
+
+    def close(self) -> None:  # noqa: B027 (most hold nothing)
+        """Gives back what the engine holds: devices, connections."""
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+class TransformersEngine(Engine):
+    """A model of this process.
+
+    Args:
+        model: causal LM; where it has an adapter, that is on.
+    """
+
+    settings = {"engine": "transformers"}
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer, self.vocab_size = model, tokenizer, vocab_size(model)
+
+    def generate(self, prompts: Sequence[Sequence[int]], config: SampleConfig, seed: int) -> list[Draws]:
+        return generate(self.model, self.tokenizer, prompts, config, seed)
+
+
 def sample_completions(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Engine,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Record],
     out_path: str | os.PathLike,
@@ -76,7 +124,7 @@ def sample_completions(
     """The stage `align sample`: writes one sample record per problem and draw.
 
     Args:
-        model: causal LM; where it has an adapter, that is on.
+        model: causal LM, or an engine. Where a model has an adapter, that is on.
         problems: problem records.
         out_path: samples, JSONL or Parquet.
         config: how to sample.
@@ -87,18 +135,25 @@ def sample_completions(
 
     Raises:
         RecordError, MissingColumnError: a problem does not fit the schema, or no prompt is short enough.
+        ConfigError: the engine's context is too short for the longest prompt and its completion.
     """
     config = config or SampleConfig()
+    engine = model if isinstance(model, Engine) else TransformersEngine(model, tokenizer)
     problems = list(problems)
     check_records(problems, "problem", source="problems")
     prompts = [encode_prompt(tokenizer, p["prompt"], f"problem {p['id']!r}") for p in problems]
-    if (highest := max(map(max, prompts), default=0)) >= vocab_size(model):
-        raise RecordError(f"the tokenizer gives id {highest}, the model knows {vocab_size(model)}; they do not match")
+    if (highest := max(map(max, prompts), default=0)) >= engine.vocab_size:
+        raise RecordError(f"the tokenizer gives id {highest}, the model knows {engine.vocab_size}; they do not match")
     longest = config.max_prompt_length
     kept = [i for i, ids in enumerate(prompts) if longest is None or len(ids) <= longest]
     if not kept:
         raise RecordError(f"none of the {len(problems)} prompts fits max_prompt_length = {longest}; raise it")
     kept.sort(key=lambda i: len(prompts[i]))  # prompts of equal length share a batch: little padding
+    if engine.max_length is not None and len(prompts[kept[-1]]) + config.max_new_tokens > engine.max_length:
+        raise ConfigError(
+            f"the engine takes {engine.max_length} tokens, the longest prompt has {len(prompts[kept[-1]])} and max_new_tokens is "
+            f"{config.max_new_tokens}; lower max_new_tokens or max_prompt_length, or give the engine a longer max_model_len"
+        )
     # A batch is problems and draws of each: several whole problems, or a part of one problem's draws.
     size, draws = max(1, config.batch_size // config.n), min(config.n, config.batch_size)
     batches = [
@@ -111,7 +166,7 @@ def sample_completions(
         indices, numbers = batch
         seed = derived_seed(config.seed, number)
         texts = [prompts[i] for i in indices]
-        completions = generate(model, tokenizer, texts, replace(config, n=len(numbers)), seed)
+        completions = engine.generate(texts, replace(config, n=len(numbers)), seed)
         return [
             {
                 **problems[i],
@@ -131,7 +186,7 @@ def sample_completions(
         batches,
         compute,
         stage="sample",
-        settings=sample_settings(problems, config, settings),
+        settings=sample_settings(problems, config, {**engine.settings, **(settings or {})}),
         order=lambda row: (row.pop("_row"), row["sample"]),
         count=lambda rows: {
             "stop": sum(row["finish_reason"] == "stop" for row in rows),
@@ -146,7 +201,8 @@ def sample_settings(
     problems: Sequence[Record], config: SampleConfig, settings: dict[str, Any] | None
 ) -> dict[str, Any]:
     """What the output of `sample_completions` depends on; with it `stages.is_complete` tells whether there is work left."""
-    return {**asdict(config), **(settings or {}), "problems": records_hash(problems)}
+    engine = TransformersEngine.settings  # of any other engine, `settings` says so
+    return {**engine, **asdict(config), **(settings or {}), "problems": records_hash(problems)}
 
 
 def derived_seed(seed: int, number: int) -> int:
@@ -160,7 +216,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     config: SampleConfig,
     seed: int,
-) -> list[list[tuple[list[int], str]]]:
+) -> list[Draws]:
     """Completions of one batch of prompts.
 
     Args:
@@ -174,8 +230,9 @@ def generate(
     inputs = pad_left(prompts, tokenizer.pad_token_id, model.get_input_embeddings().weight.device)
     output = run_generate(model, tokenizer, config, seed, **inputs)[:, inputs["input_ids"].shape[1] :].tolist()
     owners = [prompt for prompt in prompts for _ in range(config.n)]
+    end_ids = end_token_ids(model, tokenizer.eos_token_id)
     ended = [
-        cut_at_end(model, tokenizer, ids, config, context=prompt) for ids, prompt in zip(output, owners, strict=True)
+        cut_at_end(end_ids, tokenizer, ids, config, context=prompt) for ids, prompt in zip(output, owners, strict=True)
     ]
     return [ended[i : i + config.n] for i in range(0, len(ended), config.n)]
 
@@ -242,13 +299,18 @@ def without_generation_config(model: PreTrainedModel):
 
 def end_token_ids(model: PreTrainedModel, eos: int) -> list[int]:
     """EOS of the tokenizer and those the checkpoint itself ends with (chat models often have several)."""
-    own = getattr(model.generation_config, "eos_token_id", None)
+    return with_own_ends(eos, model.generation_config)
+
+
+def with_own_ends(eos: int, generation_config: GenerationConfig) -> list[int]:
+    """EOS, and the end tokens that a checkpoint's generation settings name, in order."""
+    own = generation_config.eos_token_id
     own = [] if own is None else [own] if isinstance(own, int) else list(own)
     return sorted({eos, *own})
 
 
 def cut_at_end(
-    model: PreTrainedModel,
+    end_ids: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
     ids: list[int],
     config: SampleConfig,
@@ -260,12 +322,12 @@ def cut_at_end(
     Returns:
         The ids, and the finish reason (`stop`, `length`).
     """
-    found = find_end(model, tokenizer, ids, config, given, context)
+    found = find_end(end_ids, tokenizer, ids, config, given, context)
     return (ids, "length") if found is None else (found[0], "stop")
 
 
 def find_end(
-    model: PreTrainedModel,
+    end_ids: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
     ids: list[int],
     config: SampleConfig,
@@ -275,6 +337,7 @@ def find_end(
     """Where a completion ends.
 
     Args:
+        end_ids: see `end_token_ids`.
         ids: of the completion; what stands behind its end does not matter.
         given: how many of them were there before anything was drawn. An end token or stop text counts where it ends
             beyond them; a stop text may begin among them, and is cut from there on.
@@ -283,7 +346,6 @@ def find_end(
     Returns:
         The ids that stay, EOS included, and after how many of `ids` the end is there; `None` where there is none.
     """
-    end_ids = end_token_ids(model, tokenizer.eos_token_id)
     read = next((place + 1 for place in range(given, len(ids)) if ids[place] in end_ids), None)
     if config.stop:
         # A stop text has a token per byte at most; what lies further back than that takes no part.

@@ -92,9 +92,9 @@ def test_stop_text_is_cut_and_closed_with_eos():
 
 
 def test_a_stop_text_counts_where_it_ends_beyond_what_was_given():
-    model, eos = tiny_llama(), TOKENIZER.eos_token_id
+    eos = TOKENIZER.eos_token_id
     one = lambda text: [token for char in text for token in TOKENIZER(char)["input_ids"]]  # noqa: E731
-    cut = lambda text, stop, **kwargs: cut_at_end(model, TOKENIZER, one(text), SampleConfig(stop=stop), **kwargs)  # noqa: E731
+    cut = lambda text, stop, **kwargs: cut_at_end([eos], TOKENIZER, one(text), SampleConfig(stop=stop), **kwargs)  # noqa: E731
     assert cut("a;bc;d", ";") == ([*one("a"), eos], "stop")
     assert cut("a;bc;d", ";", given=2) == ([*one("a;bc"), eos], "stop")
     assert cut("a;bc;d", ";", given=5) == (one("a;bc;d"), "length")
@@ -104,10 +104,10 @@ def test_a_stop_text_counts_where_it_ends_beyond_what_was_given():
     assert cut("abc", "wx", context=one("wx")) == (one("abc"), "length")
     bytes_of = one("☕")
     assert len(bytes_of) == 2  # one character in two tokens, one of them given
-    found = cut_at_end(model, TOKENIZER, [*one("a"), *bytes_of], SampleConfig(stop="☕"), given=2)
+    found = cut_at_end([eos], TOKENIZER, [*one("a"), *bytes_of], SampleConfig(stop="☕"), given=2)
     assert found == ([*one("a"), eos], "stop")
-    assert cut_at_end(model, TOKENIZER, [5, eos, 6, eos, 7], SampleConfig(), given=2) == ([5, eos, 6, eos], "stop")
-    assert cut_at_end(model, TOKENIZER, [5, eos, 6], SampleConfig(), given=2) == ([5, eos, 6], "length")
+    assert cut_at_end([eos], TOKENIZER, [5, eos, 6, eos, 7], SampleConfig(), given=2) == ([5, eos, 6, eos], "stop")
+    assert cut_at_end([eos], TOKENIZER, [5, eos, 6], SampleConfig(), given=2) == ([5, eos, 6], "length")
 
 
 def test_a_stop_text_that_begins_in_the_prompt_leaves_eos_alone():
