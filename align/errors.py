@@ -33,3 +33,7 @@ class RecordFileError(AlignError, OSError):
 
 class ModelLoadError(AlignError, OSError):
     """No model or tokenizer can be loaded from a path."""
+
+
+class ElsewhereError(AlignError):
+    """Another process of this launch stopped, and says itself why."""

@@ -130,34 +130,34 @@ def run_in_parts(
     """
     from tqdm import tqdm
 
-    from .processes import process_state
+    from .processes import process_state, together
 
-    check_output(path)
     process = process_state()
     parts = Path(f"{path}.parts")
-    if process.is_main_process and not is_complete(path, stage, settings):
-        _open_parts(parts, stage, settings, len(batches))
-    process.wait_for_everyone()
+    with together(process):
+        check_output(path)
+        if process.is_main_process and not is_complete(path, stage, settings):
+            _open_parts(parts, stage, settings, len(batches))
     if not is_complete(path, stage, settings):
         mine = range(process.process_index, len(batches), process.num_processes)
-        for number in (bar := tqdm(mine, desc=stage, unit="batch", disable=not process.is_main_process)):
-            part = parts / f"{number:06d}.jsonl"
-            if not part.exists():
-                rows = compute(number, batches[number])
-                write_records(part, rows)
-                if note is not None:
-                    bar.set_postfix_str(note(rows))
-        process.wait_for_everyone()
-        if process.is_main_process:
-            rows = [row for number in range(len(batches)) for row in read_records(parts / f"{number:06d}.jsonl")]
-            rows.sort(key=order)
-            if finish is not None:
-                finish(rows)
-            forget(path)
-            write_records(path, rows)
-            write_manifest(path, stage, settings, {"rows": len(rows), **(count(rows) if count else {})})
-            shutil.rmtree(parts)
-        process.wait_for_everyone()
+        with together(process):
+            for number in (bar := tqdm(mine, desc=stage, unit="batch", disable=not process.is_main_process)):
+                part = parts / f"{number:06d}.jsonl"
+                if not part.exists():
+                    rows = compute(number, batches[number])
+                    write_records(part, rows)
+                    if note is not None:
+                        bar.set_postfix_str(note(rows))
+        with together(process):
+            if process.is_main_process:
+                rows = [row for number in range(len(batches)) for row in read_records(parts / f"{number:06d}.jsonl")]
+                rows.sort(key=order)
+                if finish is not None:
+                    finish(rows)
+                forget(path)
+                write_records(path, rows)
+                write_manifest(path, stage, settings, {"rows": len(rows), **(count(rows) if count else {})})
+                shutil.rmtree(parts)
     manifest = read_manifest(path)
     if manifest is None:
         raise RecordFileError(f"{path}: its manifest vanished while the stage ran; run it again")
