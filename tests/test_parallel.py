@@ -46,8 +46,16 @@ def save_base(folder: Path) -> None:
     tiny_llama(vocab_size=len(byte_level_tokenizer())).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("lora", ["full", "lora"])
-@pytest.mark.parametrize("method", ["cdpo", "tgdpo"])
+@pytest.mark.parametrize(
+    "method, lora",
+    [
+        ("cdpo", "full"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("cdpo", "lora"), ("tgdpo", "full"), ("tgdpo", "lora"))
+        ),
+    ],
+)
 def test_two_sharded_processes_log_the_losses_of_one_and_save_whole_weights(tmp_path, fsdp2, method, lora):
     save_base(tmp_path / "base")
     one = train(ROOT / "recipes/accelerate/cpu.yaml", 1, method, lora, tmp_path / "1")
