@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -268,9 +267,9 @@ def merge(
 def main() -> None:
     """Entry point: what is wrong with the input is one line on stderr and exit code 2, no traceback."""
     from .errors import AlignError
+    from .processes import leave
 
     try:
         app()
     except AlignError as error:
-        typer.echo(f"align: {error}", err=True)
-        sys.exit(2)
+        leave(error)

@@ -37,3 +37,7 @@ class ModelLoadError(AlignError, OSError):
 
 class EngineError(AlignError, RuntimeError):
     """An engine or server that draws completions cannot be used, or gives what is no completion of its prompt."""
+
+
+class ElsewhereError(AlignError):
+    """Another process of this launch stopped, and says itself why."""

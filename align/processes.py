@@ -5,10 +5,13 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from .errors import ConfigError
+from .errors import AlignError, ConfigError, ElsewhereError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -58,3 +61,35 @@ def check_group(processes: int) -> None:
             f"{launched_processes()} processes were launched, but they form groups of {processes}: each would do all of "
             "the work. On the CPU, set use_cpu=True and let nothing ask accelerate for its state before the trainer is made"
         )
+
+
+@contextmanager
+def together(process: PartialState) -> Iterator[None]:
+    """Runs a block of work that needs no other process, and ends it for all at once, in place of a barrier: what one process
+    cannot use stops every one. A bug is not held back; its process dies, and the launcher ends the others.
+
+    Raises:
+        AlignError: what this process raised, where no process of a lower number raised any.
+        ElsewhereError: another process's error is the one to be told.
+    """
+    from accelerate.utils import gather_object
+
+    error = None
+    try:
+        yield
+    except AlignError as caught:
+        error = caught
+    failed = [error is not None] if process.num_processes == 1 else gather_object([error is not None])
+    if not any(failed):
+        return
+    first = failed.index(True)
+    if error is not None and first == process.process_index:
+        raise error
+    raise ElsewhereError(f"process {first} stopped, and says why") from error
+
+
+def leave(error: AlignError) -> NoReturn:
+    """Ends this process with one line on stderr and exit code 2; with the code alone where another one says why."""
+    if not isinstance(error, ElsewhereError):
+        print(f"align: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -178,31 +178,35 @@ def run_in_parts(
     """
     from tqdm import tqdm
 
-    from .processes import process_state
+    from .processes import process_state, together
 
-    check_output(path)
     process = process_state()
-    if not is_complete(path, stage, settings):
-        parts = _parts(path)
-        with locked(path):
-            if process.is_main_process:
-                _open_parts(parts, stage, settings, len(batches))
-            process.wait_for_everyone()
+    with ExitStack() as held:
+        with together(process):
+            check_output(path)
+            complete = is_complete(path, stage, settings)
+            if not complete:
+                held.enter_context(locked(path))
+                parts = _parts(path)
+                if process.is_main_process:
+                    _open_parts(parts, stage, settings, len(batches))
+        if not complete:
             mine = range(process.process_index, len(batches), process.num_processes)
-            for number in (bar := tqdm(mine, desc=stage, unit="batch", disable=not process.is_main_process)):
-                part = parts / f"{number:06d}.jsonl"
-                if not _seal(part).exists():
-                    rows = compute(number, batches[number])
-                    write_records(part, rows)
-                    _write_seal(part)
-                    if note is not None:
-                        bar.set_postfix_str(note(rows))
-            process.wait_for_everyone()
-            if process.is_main_process:
-                rows = _merge(path, [parts / f"{number:06d}.jsonl" for number in range(len(batches))], order, finish)
-                write_manifest(path, stage, settings, {"rows": len(rows), **(count(rows) if count else {})})
-                shutil.rmtree(parts)
-            process.wait_for_everyone()
+            with together(process):
+                for number in (bar := tqdm(mine, desc=stage, unit="batch", disable=not process.is_main_process)):
+                    part = parts / f"{number:06d}.jsonl"
+                    if not _seal(part).exists():
+                        rows = compute(number, batches[number])
+                        write_records(part, rows)
+                        _write_seal(part)
+                        if note is not None:
+                            bar.set_postfix_str(note(rows))
+            with together(process):
+                if process.is_main_process:
+                    merging = [parts / f"{number:06d}.jsonl" for number in range(len(batches))]
+                    rows = _merge(path, merging, order, finish)
+                    write_manifest(path, stage, settings, {"rows": len(rows), **(count(rows) if count else {})})
+                    shutil.rmtree(parts)
     manifest = read_manifest(path)
     if manifest is None:
         raise RecordFileError(f"{path}: its manifest vanished while the stage ran; run it again")

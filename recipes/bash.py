@@ -7,13 +7,13 @@ arXiv 2410.14655).
 Started again, it goes on where it stopped; stages that are complete for the same settings are skipped.
 """
 
-import sys
 from typing import Annotated
 
 import typer
 
 from align.errors import AlignError
 from align.pipeline import run_recipe
+from align.processes import leave
 
 
 def main(
@@ -25,7 +25,7 @@ def main(
     try:
         run_recipe(config, output, set_)
     except AlignError as error:
-        sys.exit(f"align: {error}")
+        leave(error)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@
         --config recipes/configs/cdpo/tiny-arithmetic.yaml --data runs/tiny-arithmetic/pairs.jsonl --output runs/dpo
 """
 
-import sys
 from typing import Annotated
 
 import typer
 
 from align.config import read_config
 from align.errors import AlignError
-from align.processes import process_state
+from align.processes import leave, process_state
 from align.record_file import RecordFile
 from align.trainers.training import train_preference
 
@@ -29,7 +28,7 @@ def main(
             "dpo", settings.model, RecordFile(data, "pair"), output, **settings.methods.get("dpo", {})
         )
     except AlignError as error:
-        sys.exit(f"align: {error}")
+        leave(error)
     if process_state().is_main_process:
         print(f"{output}: {counts or 'was complete already'}")
 

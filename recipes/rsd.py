@@ -8,13 +8,13 @@ the teacher's own samples beside them. The teacher is trained first, unless the 
 `--set teacher.path=FOLDER_OR_HUB_NAME`. Started again, it goes on where it stopped.
 """
 
-import sys
 from typing import Annotated
 
 import typer
 
 from align.errors import AlignError
 from align.pipeline import run_recipe
+from align.processes import leave
 
 
 def main(
@@ -26,7 +26,7 @@ def main(
     try:
         run_recipe(config, output, set_)
     except AlignError as error:
-        sys.exit(f"align: {error}")
+        leave(error)
 
 
 if __name__ == "__main__":

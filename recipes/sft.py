@@ -4,14 +4,13 @@
         --config recipes/configs/cdpo/tiny-arithmetic.yaml --data runs/tiny-arithmetic/positive.jsonl --output runs/sft
 """
 
-import sys
 from typing import Annotated
 
 import typer
 
 from align.config import read_config
 from align.errors import AlignError
-from align.processes import process_state
+from align.processes import leave, process_state
 from align.record_file import RecordFile
 from align.trainers.training import train_sft
 
@@ -27,7 +26,7 @@ def main(
         settings = read_config(config, set_)
         counts = train_sft(settings.model, RecordFile(data, "demonstration"), output, **settings.methods.get("sft", {}))
     except AlignError as error:
-        sys.exit(f"align: {error}")
+        leave(error)
     if process_state().is_main_process:
         print(f"{output}: {counts or 'was complete already'}")
 

@@ -23,6 +23,7 @@ from ..tokens import label_values, pad_rows, shift_to_labels, truncate
 from .preference_data import SIDES, has_reference, prepare_preference_dataset
 from .prefix_sharing import PaddedRows, PrefixSharing, layout_of
 from .reference_check import check_reference_columns
+from .sharding import check_sharding
 from .token_budget import FIELDS, TokenBudget
 from .token_reference import PREFIX, TokenReference
 
@@ -221,6 +222,7 @@ class TokenDPOTrainer(TokenBudget, TokenReference):
                 model=model, ref_model=ref_model, args=args, data_collator=data_collator, train_dataset=train_dataset,
                 eval_dataset=eval_dataset, processing_class=processing_class, **kwargs,
             )  # fmt: skip
+        check_sharding(self)
         keep_trainable(self.model)  # evaluation runs in eval mode
         if self.aux_loss_enabled and getattr(args, "loss_aggregation", None) == "position":
             raise ConfigError("loss_aggregation='position' has no place for a router loss; set router_aux_loss_coef=0")
