@@ -234,3 +234,21 @@ def test_the_speed_of_traces_is_quoted_as_measured():
     one, eight = ({ahead: row["tokens per second"] for ahead, row in cells[36, batch].items()} for batch in (1, 8))
     assert f"{eight[0] / one[0]:.1f} times one (36 layers, γ = 0), {eight[4] / one[4]:.1f} at γ = 4" in README
     assert f"and {max(eight.values()) / max(one.values()):.1f} with the best γ of each" in README
+
+
+def test_what_students_learn_from_traces_is_quoted_as_measured():
+    result = json.loads((ROOT / "benchmarks/results/traces.json").read_text())
+    assert result["seeds"] == 5 and len(result["accuracy"]) == 8
+    for method, values in result["accuracy"].items():
+        threshold = "" if method in ("base", "teacher_samples") else "1e-05" if method.endswith(", low") else "0.01"
+        assert len(values) == 5
+        assert re.search(rf"^\| [^|]+ \| {threshold} \| {sum(values) / 5:.1f} ± ", README, re.MULTILINE), method
+    under = result["share of tokens under 0.01"]
+    theirs = under["the teacher's samples"]
+    assert under["RSD traces"] == 0 and f"tokens {100 * theirs:.1f} % have less" in README.replace("\n", " ")
+    differ = {name: counts.get("problems with traces that differ") for name, counts in result["counts"].items()}
+    assert differ["0.01"] == 0 and f"{100 * differ['1e-05']:.1f} % of the problems differed" in README
+    rsr = result["differences"]["rsd_rsr, low - rsd, low"]
+    assert f"RSR loses {-rsr['mean']:.1f} ± {rsr['half']:.1f}" in README
+    for rule in ("rsd_aslec_drop", "rsd_aslec_casl", "rsd_mean_logp"):
+        assert 20 <= result["differences"][f"{rule}, low - rsd, low"]["mean"] < 21.5
