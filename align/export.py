@@ -10,9 +10,10 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from .atomic import atomic_path
 from .errors import ConfigError, MissingColumnError, RecordError
 from .locks import locked
-from .records import Record, atomic_path, check_records, row_name
+from .records import Record, check_records, row_name
 
 #: What Arena-Hard-Auto's style control counts in an answer, code blocks left out.
 _CODE = re.compile("```[^`]*```")

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .atomic import write_error
 from .errors import RecordFileError
-from .records import write_error
 
 
 @contextmanager

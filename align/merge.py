@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .atomic import atomic_path
 from .errors import ConfigError, ModelMismatchError
 from .locks import locked
 from .models import load_model, load_tokenizer, model_identity
-from .records import atomic_path
 from .stages import is_complete, write_manifest
 
 

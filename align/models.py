@@ -10,8 +10,8 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .atomic import atomic_path
 from .errors import ConfigError, ModelLoadError, ModelMismatchError
-from .records import atomic_path
 from .safety import check_templates, no_pickles
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .atomic import atomic_path
 from .config import DEMONSTRATIONS, METHODS, ChainConfig, Settings, read_config
 from .demonstrations import tokenize_demonstrations
 from .errors import ConfigError
@@ -28,7 +29,7 @@ from .preferences import tokenize_pairs
 from .problems import load_problems
 from .rac import CorrectionSettings, correction_report
 from .record_file import RecordFile
-from .records import Record, atomic_path, read_records
+from .records import Record, read_records
 from .sample import SampleConfig, sample_completions, sample_settings
 from .stages import is_complete, read_manifest
 from .verify import verify

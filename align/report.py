@@ -9,9 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .atomic import atomic_path
 from .errors import ConfigError, MissingColumnError, RecordError
 from .locks import locked
-from .records import TOKEN_COLUMNS, Record, atomic_path, check_ids, check_prompt, check_token_columns, row_name
+from .records import TOKEN_COLUMNS, Record, check_ids, check_prompt, check_token_columns, row_name
 from .token_texts import decoder, texts_by
 
 if TYPE_CHECKING:

@@ -8,9 +8,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .atomic import atomic_path
 from .charts import histogram_bars, number, training_charts
 from .errors import AlignError, ConfigError
-from .records import TOKEN_COLUMNS, Record, atomic_path, check_ids, check_records, row_name
+from .records import TOKEN_COLUMNS, Record, check_ids, check_records, row_name
 from .report import SIDES, TRACE_COLUMNS, check_pair, column_summary, page_data, render, script_safe, trace_row
 from .row_sample import Sampled, sample_rows
 from .run_folder import DROPS, Run, Stage, read_run

@@ -17,10 +17,11 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from .atomic import atomic_path
 from .errors import RecordFileError
 from .locks import locked
 from .record_file import JsonLines, RecordFile, Sorted, digest_of
-from .records import Record, atomic_path, check_output, write_records
+from .records import Record, check_output, write_records
 
 
 def manifest_path(path: str | os.PathLike) -> Path:

@@ -13,11 +13,12 @@ import torch
 from conftest import random_pairs
 from safetensors.torch import save_file
 
+from align.atomic import atomic_path, write_error
 from align.errors import RecordFileError
 from align.export import export_completions
 from align.locks import locked
 from align.pair import pair
-from align.records import atomic_path, read_records, write_error, write_records
+from align.records import read_records, write_records
 from align.stages import is_complete, run_in_parts, write_chosen, write_manifest
 from align.trainers.checkpoints import checkpoint_damage, last_whole_checkpoint
 from align.trainers.training import train_sft

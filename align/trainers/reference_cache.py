@@ -13,7 +13,7 @@ from accelerate.logging import get_logger
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..records import atomic_path
+from ..atomic import atomic_path
 
 logger = get_logger(__name__)
 

@@ -14,9 +14,10 @@ import pyarrow.compute
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
+from ..atomic import atomic_path
 from ..errors import AlignError, RecordError
 from ..processes import process_state
-from ..records import Record, atomic_path
+from ..records import Record
 
 #: Rows of a table, and rows after which a file is mapped anew.
 ROWS_PER_TABLE, ROWS_PER_MAPPING = 1_000, 50_000

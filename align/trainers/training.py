@@ -17,12 +17,13 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from trl import SFTConfig, SFTTrainer
 
+from ..atomic import failed_write, sync, write_error
 from ..errors import AlignError, ConfigError, MissingColumnError, RecordError, RecordFileError
 from ..locks import locked
 from ..models import base_fingerprint, load_model, load_tokenizer, model_identity, vocab_size, write_base_file
 from ..processes import process_state
 from ..record_file import Derived
-from ..records import Record, check_records, failed_write, sync, write_error
+from ..records import Record, check_records
 from ..safety import check_checkpoint
 from ..stages import is_complete, manifest_path, read_manifest, records_hash, write_manifest
 from ..tokens import check_row_ids
