@@ -39,7 +39,7 @@ def records(
 ) -> None:
     """Writes a page of pairs, or of traces, with tokens coloured by a token-level column.
 
-    Example: align inspect scored.jsonl pairs.html --tokenizer data/tiny-arithmetic/model
+    Example: align inspect records scored.jsonl pairs.html --tokenizer data/tiny-arithmetic/model
     """
     from .checks import check_apart
     from .models import load_tokenizer

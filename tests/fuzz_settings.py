@@ -24,8 +24,20 @@ manifests = st.one_of(
     st.just(json.dumps({"stage": "t", "settings": {"a": 1}, "batches": 3}).encode()),
 )  # fmt: skip
 
+#: Of a finished output, of that size or another.
+finished_manifests = st.one_of(st.sampled_from([{"": 3}, {"": 4}, {"": None}, {"x": 3}]), fz.json_values).map(
+    lambda sizes: json.dumps({"stage": "t", "settings": {"a": 1}, "counts": {}, "bytes": sizes}).encode()
+)
 
-@target(st.tuples(manifests, manifests, fz.jsonl_bytes("problem", 2), st.booleans()))
+
+@target(
+    st.tuples(
+        st.booleans().flatmap(lambda done: finished_manifests if done else manifests),
+        manifests,
+        fz.jsonl_bytes("problem", 2),
+        st.booleans(),
+    )
+)
 def stages(folder, value):
     """Whatever lies beside an output, of this run or another, a stage ends with all rows, or says which part is damaged."""
     from align.stages import is_complete, read_manifest, run_in_parts

@@ -93,7 +93,7 @@ def test_help_shows_the_example_and_every_option(path):
 CHAIN = (
     ("align", "sample"), ("align", "verify"), ("align", "pair"), ("align", "tokenize"), ("align", "score", "reference"),
     ("align", "score", "contrastive"), ("align", "score", "guidance"), ("align", "score", "entropy"), ("align", "mix", "bash"),
-    ("align", "merge"), ("align", "evaluate"), ("align", "inspect"),
+    ("align", "merge"), ("align", "evaluate"), ("align", "inspect", "records"),
 )  # fmt: skip
 
 
@@ -117,6 +117,8 @@ def test_the_examples_run(tmp_path, monkeypatch):
     ran = 0
     for path in CHAIN:
         for words in examples(path) if path in LEAVES else ():
+            if "server" in words:  # there is none
+                continue
             if "--export" in words:  # judges read one draw of a prompt
                 write_records(words[words.index("evaluate") + 1], read_records("samples.jsonl", "sample")[::4])
             written = set(tmp_path.rglob("*"))

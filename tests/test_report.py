@@ -206,7 +206,7 @@ def test_a_page_that_cannot_be_written_leaves_nothing_behind(tmp_path):
         inspect_pairs(pairs, TOKENIZER, tmp_path / "folder" / "kept" / "page.html")
     page = tmp_path / "page.html"
     page.write_text("old")
-    with pytest.raises(UnicodeEncodeError):
+    with pytest.raises(RecordFileError, match="cannot be written as UTF-8"):
         inspect_pairs(pairs, TOKENIZER, page, title="\ud800")
     assert page.read_text() == "old"
     left = sorted(path.name for path in tmp_path.rglob("*") if path.suffix != ".lock")

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import byte_level_tokenizer, random_pairs, tiny_llama
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+from align import config
 from align.errors import AlignError, ConfigError, ModelLoadError, RecordError, RecordFileError
 from align.merge import merge_adapter
 from align.models import is_adapter, load_adapters, load_model, load_tokenizer, model_identity
@@ -304,13 +306,13 @@ def test_loading_scripts_of_data_sets_are_refused(tmp_path, mark):
 def test_chat_templates_reach_for_text_alone(template, mark):
     tokenizer = byte_level_tokenizer(chat=True)
     tokenizer.chat_template = template.replace("MARK", str(mark))
-    with pytest.raises(RecordError, match="row 3: the tokenizer's chat template does not render"):
+    with pytest.raises(RecordError, match="row 3: the chat template cannot render"):
         encode_prompt(tokenizer, [{"role": "user", "content": "x"}], "row 3")
 
 
 def test_nothing_of_ours_unpickles_evaluates_or_unpacks():
-    """YAML by safe_load alone; no pickle, no tar or zip unpacked, no eval."""
-    calls = set()
+    """YAML by a safe loader alone; no pickle of a file, no tar or zip unpacked, no eval."""
+    calls, texts = set(), set()
     for file in [
         *(ROOT / "align").rglob("*.py"),
         *(ROOT / "recipes").rglob("*.py"),
@@ -319,11 +321,18 @@ def test_nothing_of_ours_unpickles_evaluates_or_unpacks():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 calls.add(ast.unparse(node.func))
+                texts.add(ast.unparse(node))
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 module = getattr(node, "module", None) or node.names[0].name
-                assert module.split(".")[0] not in ("pickle", "dill", "cloudpickle", "shelve", "tarfile"), file
-    assert "yaml.safe_load" in calls
-    assert not {c for c in calls if c.startswith("yaml.") and c not in ("yaml.safe_load", "yaml.safe_dump")}
+                assert module.split(".")[0] not in ("dill", "cloudpickle", "shelve", "tarfile"), file
+    # `pickle` makes a copy of an object of ours, in memory, in one place.
+    assert {text for text in texts if "pickle.load" in text} == {"pickle.loads(pickle.dumps(dataset))"}
+    # Of loaders, there is ours.
+    loaders = {text.partition(", ")[2].rstrip(")") for text in texts if text.startswith("yaml.load(")}
+    assert loaders == {"_Loader"} and issubclass(config._Loader, yaml.SafeLoader)
+    assert not {
+        c for c in calls if c.startswith("yaml.") and c not in ("yaml.load", "yaml.safe_load", "yaml.safe_dump")
+    } - {"yaml.composer.ComposerError"}
     assert not calls & {"eval", "exec", "torch.load", "os.system"}
     assert not {call for call in calls if call.endswith((".extractall", ".extract"))}
 
