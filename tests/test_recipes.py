@@ -347,7 +347,7 @@ def test_bad_input_is_one_line_and_no_traceback(tmp_path):
         assert done.returncode == 2 and done.stderr.startswith("align: ") and "Traceback" not in done.stderr
     assert not (tmp_path / "b.jsonl").exists()
     done = python("recipes/cdpo.py", "--config", str(tmp_path / "none.yaml"), "--output", str(tmp_path / "o"), ok=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "none.yaml" in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "none.yaml" in done.stderr
 
 
 def test_help_does_not_wait_for_torch():
