@@ -35,6 +35,10 @@ class ModelLoadError(AlignError, OSError):
     """No model or tokenizer can be loaded from a path."""
 
 
+class NonFiniteError(AlignError, ArithmeticError):
+    """A loss or gradient of a training is infinite or no number."""
+
+
 class EngineError(AlignError, RuntimeError):
     """An engine or server that draws completions cannot be used, or gives what is no completion of its prompt."""
 

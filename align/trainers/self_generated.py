@@ -26,6 +26,7 @@ from ..models import keep_trainable
 from ..rac import CorrectionSettings, draw_corrections
 from ..records import Record, read_records, write_records
 from ..safety import no_pickles
+from .guards import FiniteGuard
 
 #: In a checkpoint's folder: contexts that are drawn and not yet trained on.
 CONTEXTS_FILE = "contexts.jsonl"
@@ -128,7 +129,7 @@ class Place:
     source: Example
 
 
-class SelfGeneratedTrainer(SFTTrainer, ABC):
+class SelfGeneratedTrainer(FiniteGuard, SFTTrainer, ABC):
     """Reads ahead, has contexts drawn, stores them; subclasses say how in `draw`."""
 
     config_class = SelfGeneratedConfig

@@ -20,6 +20,7 @@ from ..models import keep_trainable, load_tokenizer, vocab_size
 from ..processes import check_group
 from ..safety import no_pickles
 from ..tokens import label_values, pad_rows, shift_to_labels, truncate
+from .guards import FiniteGuard
 from .preference_data import SIDES, has_reference, prepare_preference_dataset
 from .prefix_sharing import PaddedRows, PrefixSharing, layout_of
 from .reference_check import check_reference_columns
@@ -146,7 +147,7 @@ class _TokenWeightedModel:
         return outputs
 
 
-class TokenDPOTrainer(TokenBudget, TokenReference):
+class TokenDPOTrainer(FiniteGuard, TokenBudget, TokenReference):
     """DPO with a weight for every token: TRL's Σ_t Δ_t becomes Σ_t w_t Δ_t, and nothing else changes.
 
     The seam is `_compute_loss`: TRL's own runs on a model whose per-token log-probabilities carry the weights, so every

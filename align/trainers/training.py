@@ -29,10 +29,16 @@ from ..stages import is_complete, manifest_path, read_manifest, records_hash, wr
 from ..tokens import check_row_ids
 from .cdpo import CDPOTrainer
 from .checkpoints import last_whole_checkpoint
+from .guards import FiniteGuard
 from .row_data import dataset_on_disk
 from .self_generated import BASHConfig, BASHTrainer, RACConfig, RACTrainer
 from .tgdpo import TGDPOTrainer
 from .token_dpo import TokenDPOTrainer
+
+
+class GuardedSFTTrainer(FiniteGuard, SFTTrainer):
+    """TRL's, which stops where a loss or gradient is not finite."""
+
 
 #: Preference methods by the name a configuration gives them. DPO is the token trainer with all weights 1, whatever weights
 #: the pairs carry.
@@ -45,7 +51,7 @@ PREFERENCE_TRAINERS = {
 
 #: Methods that train on demonstrations, by the name a configuration gives them.
 SFT_TRAINERS = {
-    "sft": (SFTConfig, SFTTrainer),
+    "sft": (SFTConfig, GuardedSFTTrainer),
     "bash": (BASHConfig, BASHTrainer),
     "rac": (RACConfig, RACTrainer),
 }
