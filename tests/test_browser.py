@@ -107,11 +107,26 @@ def test_tokens_are_on_the_screen(open_page, pages, name, scheme):
     assert len({background for _, background in colours}) > 3 and all(ink != background for ink, background in colours)
 
 
-def point_at(page, element):
+def until(page, act, seen, tries=50):
+    """Acts again until it is seen: a page that is drawing, or scrolling, on a busy machine answers the next movement."""
+    for _ in range(tries):
+        act()
+        if seen():
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError("the page never answered the pointer")
+
+
+def point_at(page, element, tip="#tip"):
     """Scrolls first, and lets the scrolling end: the number at a token vanishes when the page moves."""
-    element.scroll_into_view_if_needed()
-    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-    element.hover()
+
+    def act():
+        page.mouse.move(1, 1)
+        element.scroll_into_view_if_needed()
+        page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        element.hover()
+
+    until(page, act, page.locator(tip).is_visible)
 
 
 @pytest.mark.parametrize("name", WHERE)
@@ -169,17 +184,21 @@ def test_the_run_page_changes_files_and_its_charts_answer(open_page, pages):
     # Every point of a curve, under the pointer.
     chart = page.locator("svg[data-lines]").first
     chart.scroll_into_view_if_needed()
-    area, tip = chart.bounding_box(), page.locator("#chart-tip")
+    tip = page.locator("#chart-tip")
     points = json.loads(chart.get_attribute("data-lines"))[0]["points"]
     for entry, (step, loss, x, y) in zip(LOG, points, strict=True):
-        page.mouse.move(area["x"] + x / 320 * area["width"], area["y"] + y / 150 * area["height"])
+
+        def act(x=x, y=y):
+            area = chart.bounding_box()
+            page.mouse.move(area["x"] + x / 320 * area["width"], area["y"] + y / 150 * area["height"])
+
+        until(page, act, lambda step=step: tip.inner_text().split("\n")[0] == f"step {step}")
+        assert step == entry["step"]
         said = tip.inner_text().split("\n")
-        assert said[0] == f"step {step}" == f"step {entry['step']}"
         assert float(said[1].removeprefix("train ")) == loss == pytest.approx(entry["loss"], rel=1e-4)
-    page.mouse.move(1, 1)
-    assert not tip.is_visible()
+    until(page, lambda: page.mouse.move(1, 1), lambda: not tip.is_visible())
     bar = page.locator("#scores rect.bar").nth(12)
-    point_at(page, bar)
+    point_at(page, bar, "#chart-tip")
     assert "% of chosen" in tip.inner_text()
     for words in ("cDPO!", "problems without a right completion", "score contrastive"):
         assert page.get_by_text(words, exact=True).first.is_visible()
