@@ -56,9 +56,9 @@ class FiniteGuard(Trainer):
             norm = torch.nn.utils.get_total_norm(grads)
             sums.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         # One number, for which the device is waited for once per update.
-        found = sum(value.to(sums[0].device, torch.float64) for value in sums)
+        found = sum(value.to(sums[0].device, torch.float32) for value in sums)
         if state.num_processes > 1:
-            found = state.reduce(found.float(), "sum")
+            found = state.reduce(found, "sum")
         if torch.isfinite(found):
             return
         parts = gather_object([self._report(update, grads)])
