@@ -385,10 +385,12 @@ def _on_main(work) -> Any:
     """Runs a stage that needs no sharing in the main process, the others wait; its result reaches all."""
     from accelerate.utils import broadcast_object_list
 
-    from .processes import process_state
+    from .processes import process_state, together
 
-    process = process_state()
-    result = [work() if process.is_main_process else None]
+    process, result = process_state(), [None]
+    with together(process):
+        if process.is_main_process:
+            result = [work()]
     if process.num_processes > 1:
         broadcast_object_list(result)
     return result[0]

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,11 +24,12 @@ from .records import Record, check_file, check_records, read_jsonl
 ROWS_PER_BATCH = 64
 
 
-class Rows(Sequence[Record]):
+class Rows(Sequence[Record], ABC):
     """A read-only sequence of rows that `_row` makes anew each time; a slice is a list."""
 
+    @abstractmethod
     def _row(self, index: int) -> Record:
-        raise NotImplementedError
+        """Row `index`, which is at least 0."""
 
     @overload
     def __getitem__(self, index: int) -> Record: ...

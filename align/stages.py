@@ -79,15 +79,14 @@ def write_chosen(
     path: str | os.PathLike, rows: Sequence[Record], stage: str, settings: Mapping[str, Any], counts: Mapping[str, Any]
 ) -> None:
     """Writes rows that every process has, with their manifest, from one of them; the others wait."""
-    from .processes import process_state
+    from .processes import process_state, together
 
     process = process_state()
-    if process.is_main_process:
-        with locked(path):
+    with together(process), locked(path):
+        if process.is_main_process:
             forget(path)
             write_records(path, rows)
             write_manifest(path, stage, settings, counts)
-    process.wait_for_everyone()
 
 
 def forget(path: str | os.PathLike) -> None:

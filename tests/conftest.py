@@ -1,6 +1,8 @@
 """Tiny models and tokenizers made on the spot: nothing is downloaded."""
 
 import os
+import shutil
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -105,6 +107,12 @@ def model_dir(tmp_path_factory, tokenizer) -> str:
     tiny_llama().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def folder(tmp_path, model_dir):
+    """A model's folder to spoil."""
+    return Path(shutil.copytree(model_dir, tmp_path / "model"))
 
 
 @pytest.fixture(autouse=True)

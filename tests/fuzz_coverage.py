@@ -1,6 +1,6 @@
 """Fuzzing steered by coverage: Atheris (libFuzzer) mutates the bytes from which hypothesis draws a target's inputs.
 
-    python tests/fuzz_coverage.py verify --seconds 60 --corpus /tmp/corpus
+    python tests/fuzz_coverage.py verify --seconds 60 --corpus runs/corpus
 
 An input that reaches new branches of `align` is kept and mutated further. A bug ends the run with its traceback and exit code
 77, or 1 for one that ended in the interpreter; the input lies in the folder of the corpus, named `crash-…`. Needs the extra `fuzz`.

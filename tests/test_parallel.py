@@ -96,6 +96,27 @@ def test_what_stops_one_process_stops_all(tmp_path, kind):
     assert ("RuntimeError: a bug" in done.stderr) == (kind == "bug")
 
 
+def test_a_loss_that_is_no_number_in_one_process_stops_all(tmp_path):
+    """With one message, and the rows of both."""
+    save_base(tmp_path / "base")
+    done = launch(
+        ROOT / "recipes/accelerate/cpu.yaml", 2, str(TESTS / "ddp_non_finite.py"), str(tmp_path / "out"), timeout=100
+    )
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("align:")]
+    assert done.returncode != 0 and "step 1: not finite: losses" in line
+    report = json.loads((tmp_path / "out" / "non_finite.json").read_text())
+    losses = [batch["loss"] for process in report["processes"] for batch in process["micro_batches"]]
+    assert len(losses) == 2 and losses[1] == "nan" and losses[0] != "nan"
+    ids = [
+        name
+        for process in report["processes"]
+        for batch in process["micro_batches"]
+        for row in batch["rows"]
+        for name in row["ids"]
+    ]
+    assert len(set(ids)) == 4 and all(name in line for name in ids)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_launch_files_are_understood(path):
     settings = yaml.safe_load(path.read_text())

@@ -15,11 +15,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from align import config
-from align.errors import AlignError, ConfigError, ModelLoadError, RecordError, RecordFileError
+from align.errors import ConfigError, ModelLoadError, RecordError, RecordFileError
 from align.merge import merge_adapter
 from align.models import is_adapter, load_adapters, load_model, load_tokenizer, model_identity
-from align.report import inspect_pairs
-from align.safety import plain_name
 from align.scoring.guidance import load_guide
 from align.sources import load_rows
 from align.tokens import encode_prompt
@@ -43,12 +41,6 @@ def mark(tmp_path):
     path = tmp_path / "it-ran"
     yield path
     assert not path.exists()
-
-
-@pytest.fixture
-def folder(tmp_path, model_dir):
-    """A model's folder to spoil."""
-    return Path(shutil.copytree(model_dir, tmp_path / "model"))
 
 
 @pytest.fixture
@@ -86,13 +78,19 @@ def test_a_model_in_pickles_is_refused(folder, mark, name):
         load(folder)
 
 
-def test_shards_in_pickles_are_refused(folder, mark):
-    """Whichever index names them; transformers would follow it, safetensors asked for or not."""
+def pickled_shards(folder, mark) -> Path:
+    """The model's weights become an index of safetensors that names a pickle."""
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(Payload(mark), folder / "shard.bin")
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, "shard.bin")}))
+    return index
+
+
+def test_shards_in_pickles_are_refused(folder, mark):
+    """Whichever index names them; transformers would follow it, safetensors asked for or not."""
+    index = pickled_shards(folder, mark)
     with pytest.raises(ModelLoadError, match="shard.bin: a pickle"):
         load(folder)
     (folder / "more.safetensors").touch()  # a decoy
@@ -108,11 +106,7 @@ def test_nothing_is_unpickled_while_a_model_loads(folder, mark, monkeypatch):
     from align import safety
 
     monkeypatch.setattr(safety, "check_folder", lambda _path: None)
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    torch.save(Payload(mark), folder / "shard.bin")
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, "shard.bin")}))
+    pickled_shards(folder, mark)
     with pytest.raises(ModelLoadError, match="shard.bin: a pickle"):
         load(folder)
 
@@ -263,8 +257,12 @@ def test_a_tokenizer_s_own_code_is_not_run(folder, mark):
 
 def test_a_model_s_own_generation_is_not_run(folder, mark):
     (folder / "custom_generate").mkdir()
-    (folder / "custom_generate" / "generate.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+    code = f"import os\nos.mkdir({str(mark)!r})\ndef generate(*args, **kwargs): pass\n"
+    (folder / "custom_generate" / "generate.py").write_text(code)
     load(folder)
+    assert not mark.exists()
+    load_model(str(folder), dtype="float32", trust_remote_code=True)
+    mark.rmdir()  # where it is trusted, it is there
 
 
 def test_kernels_of_the_hub_are_refused(folder):
@@ -335,90 +333,3 @@ def test_nothing_of_ours_unpickles_evaluates_or_unpacks():
     } - {"yaml.composer.ComposerError"}
     assert not calls & {"eval", "exec", "torch.load", "os.system"}
     assert not {call for call in calls if call.endswith((".extractall", ".extract"))}
-
-
-# Paths
-
-
-@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "", "..", 7, None])
-def test_an_index_that_leaves_its_folder_is_refused(folder, shard):
-    """The file is there, so that nothing but the name speaks against it."""
-    (folder / "a").mkdir()
-    for place in (folder.parent / "secret.safetensors", folder / "a" / "b.safetensors"):
-        shutil.copy(folder / "model.safetensors", place)
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, shard)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelLoadError, match="is no file of this folder"):
-        load(folder)
-
-
-def test_an_index_within_its_folder_is_followed(folder):
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").rename(folder / "shard.safetensors")
-    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "shard.safetensors")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert torch.equal(load(folder).lm_head.weight, weights["lm_head.weight"])
-
-
-def test_templates_named_as_paths_are_refused(folder):
-    """Where a tokenizer is saved, beside a trained adapter, say, each template becomes a file of its name."""
-    change(folder / "tokenizer_config.json", chat_template=[{"name": "../../out", "template": "x"}])
-    with pytest.raises(ModelLoadError, match=r"chat template '\.\./\.\./out'"):
-        load_tokenizer(str(folder))
-
-
-def test_ids_that_look_like_paths_stay_ids(tmp_path, folder):
-    """No record's value becomes a file's name: whatever ids are, nothing but the output and its manifest appears."""
-    from align.export import export_completions
-    from align.records import read_records, write_records
-    from align.verify import verify
-
-    name = "../../../escaped"
-    row = {
-        "id": name, "prompt": "x", "answer": "1", "sample": 0, "prompt_ids": [1], "completion_ids": [2], "completion": "#### 1",
-        "finish_reason": "stop",
-    }  # fmt: skip
-    home = tmp_path / "a" / "b" / "c"
-    home.mkdir(parents=True)
-    before = {path for path in tmp_path.rglob("*") if home not in path.parents}
-    write_records(home / "samples.jsonl", [row])
-    verify(home / "samples.jsonl", home / "verdicts.jsonl")
-    export_completions([row], home / "out.jsonl", "arena-hard", name)
-    inspect_pairs(
-        [row | {"chosen": "y", "rejected": "z", "chosen_ids": [3], "rejected_ids": [4], "chosen_weights": [1.0]}],
-        load_tokenizer(str(folder)), home / "page.html",
-    )  # fmt: skip
-    assert read_records(home / "verdicts.jsonl")[0]["id"] == name
-    assert {path for path in tmp_path.rglob("*") if home not in path.parents} == before
-    assert {path.suffix for path in home.iterdir() if not path.name.startswith(".")} <= {".jsonl", ".json", ".html"}
-
-
-def test_settings_cannot_move_a_training(tmp_path, model_dir):
-    from align.trainers.training import check_training
-
-    with pytest.raises(ConfigError, match="output_dir"):
-        check_training("dpo", tmp_path / "out", {"output_dir": str(tmp_path / "elsewhere")})
-
-
-@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/a", "a\\b", "a\0b", None, 3, ["a"]])
-def test_plain_names(name):
-    assert not plain_name(name) and plain_name("model-00001-of-00002.safetensors")
-
-
-# Pages
-
-
-def test_a_page_holds_text_as_text(tmp_path, folder):
-    """Every text of a record, of the command line and of a table, each trying to be markup."""
-    evil = "</script><img src=x onerror=alert(1)>'\"&"
-    pair = {
-        "id": evil, "prompt": [{"role": evil, "content": evil}], "chosen": evil, "rejected": evil, "answer": evil,
-        "prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4], "chosen_weights": [1.0], "rejected_weights": [0.5],
-    }  # fmt: skip
-    inspect_pairs([pair], load_tokenizer(str(folder)), tmp_path / "page.html", title=evil, summary=[{evil: evil}])
-    page = (tmp_path / "page.html").read_text()
-    assert "<img" not in page and page.count("</script>") == page.count("<script")
-    assert "innerHTML" not in page and "default-src 'none'" in page
-    assert issubclass(ModelLoadError, AlignError)

@@ -32,7 +32,7 @@ class FiniteGuard(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._update: list[tuple[torch.Tensor, list[list[int]] | dict[str, Any]]] = []
+        self._update: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
         self.add_callback(_BeforeTheOptimizer(self))
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -90,8 +90,7 @@ class FiniteGuard(Trainer):
         batches = []
         for loss, held in update:
             ids = held["input_ids"]
-            masks = held.get("attention_mask")
-            masks = torch.ones_like(ids) if masks is None or masks.dim() != 2 else masks
+            masks = held.get("attention_mask", torch.ones_like(ids))
             rows = [row[mask.bool()].tolist() for row, mask in zip(ids.cpu(), masks.cpu(), strict=True)]
             batches.append({"loss": str(loss.sum().item()), "rows": [{"input_ids": row} for row in rows]})
         found = self._names([row["input_ids"] for batch in batches for row in batch["rows"]])

@@ -11,12 +11,11 @@ from typing import Any
 import numpy
 import pyarrow
 import pyarrow.compute
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
 from ..atomic import atomic_path
-from ..errors import AlignError, RecordError
-from ..processes import process_state
+from ..errors import RecordError
+from ..processes import process_state, together
 from ..records import Record
 
 #: Rows of a table, and rows after which a file is mapped anew.
@@ -29,19 +28,13 @@ def dataset_on_disk(rows: Sequence[Record], path: Path) -> Dataset:
     One process writes, all read.
 
     Raises:
-        RecordError: a column whose values have no common type; in all processes.
+        RecordError: a column whose values have no common type.
         RecordFileError: `path` cannot be written.
     """
-    process, failure = process_state(), [None]
-    if process.is_main_process:
-        try:
+    process = process_state()
+    with together(process):
+        if process.is_main_process:
             _write(rows, path)
-        except AlignError as error:
-            failure = [error]
-    if process.num_processes > 1:
-        broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise failure[0]
     return Dataset.from_file(str(path))
 
 
