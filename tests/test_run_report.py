@@ -298,14 +298,8 @@ def test_a_damaged_file_is_named(made, tmp_path, cut):
 def test_any_json_in_any_place_makes_a_page(run, tmp_path, name):
     """Every value of a file is replaced by every kind of value, one after the other."""
     odd = [None, [], {}, "x", True, -1, 1e308, float("nan"), float("-inf"), 10**400, [{}], {"a": [1]}, "\ud800"]
-    whole = (
-        [json.loads(line) for line in (run / name).read_text().splitlines()]
-        if name.endswith("l")
-        else json.loads((run / name).read_text())
-    )
-    lines = name.endswith(".jsonl")
-    if lines:
-        whole = whole[:3]
+    lines, text = name.endswith(".jsonl"), (run / name).read_text()
+    whole = [json.loads(line) for line in text.splitlines()[:3]] if lines else json.loads(text)
 
     def write(value):
         (run / name).write_text("\n".join(map(json.dumps, value)) + "\n" if lines else json.dumps(value))
