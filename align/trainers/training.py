@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..atomic import failed_write, sync, write_error
 from ..errors import AlignError, ConfigError, MissingColumnError, RecordError, RecordFileError
-from ..locks import locked
+from ..locks import locked, remove_temporaries
 from ..models import base_fingerprint, load_model, load_tokenizer, model_identity, vocab_size, write_base_file
 from ..processes import process_state
 from ..record_file import Derived
@@ -249,6 +249,8 @@ def _train_alone(
         raise ConfigError(
             f"{out_dir} exists and is no output of a training; give another folder, or remove it yourself"
         )
+    if process.is_main_process:
+        remove_temporaries(marker)
     if process.is_main_process and not is_complete(marker, method, settings):
         # Checkpoints of other settings must not be resumed.
         shutil.rmtree(working, ignore_errors=True)
