@@ -252,3 +252,29 @@ def test_what_students_learn_from_traces_is_quoted_as_measured():
     assert f"RSR loses {-rsr['mean']:.1f} ± {rsr['half']:.1f}" in README
     for rule in ("rsd_aslec_drop", "rsd_aslec_casl", "rsd_mean_logp"):
         assert 20 <= result["differences"][f"{rule}, low - rsd, low"]["mean"] < 21.5
+
+
+def test_a_million_rows_pages_and_imports_are_quoted_as_measured():
+    text = README.replace("\n", " ")
+    million = json.loads((ROOT / "benchmarks/results/million.json").read_text())
+    runs = million["runs"]
+    assert million["rows"] == 1_000_000 and all(run["peak_mib"] < 2048 for run in runs.values())
+    seconds = {name: round(sum(run["cpu_seconds"].values())) for name, run in runs.items()}
+    peak, own = ({name: run[key] for name, run in runs.items()} for key in ("peak_mib", "own_mib"))
+    assert f"scoring the reference {peak['score']} MiB ({seconds['score']} s of the core)" in text
+    assert (
+        f"first step {peak['cdpo']} MiB, TGDPO {peak['tgdpo']} MiB ({seconds['cdpo']} and {seconds['tgdpo']} s)" in text
+    )
+    assert f"of which {own['cdpo']} and {own['tgdpo']} are the process's own" in text
+    for row in json.loads((ROOT / "benchmarks/results/pages.json").read_text())["rows"]:
+        name = row["page"].replace("a run", "the quickstart's run")
+        assert f"| {name} | {row['MB']:.2f} | {row['load, s']:.2f} | {row['tokens visible, s']:.2f} |" in README, name
+    imports = {
+        row["command"]: row["seconds"]
+        for row in json.loads((ROOT / "benchmarks/results/imports.json").read_text())["medians"]
+    }
+    help_of = [value for name, value in imports.items() if name.count(" ") > 1]
+    assert (
+        f"`import align` takes {imports['import align']:.2f} s, `align --help` {imports['align --help']:.2f} s" in text
+    )
+    assert f"the help of a command {min(help_of):.2f}–{max(help_of):.2f} s" in text and max(help_of) < 0.5
