@@ -92,7 +92,7 @@ def read_jsonl(path: Path) -> Iterator[Record]:
                 if not line.strip():
                     continue
                 try:
-                    row = _parse(line)
+                    row = parse_json(line)
                 except (ValueError, RecursionError) as error:
                     raise RecordError(
                         f"{path}, line {number}: not JSON ({error}): {line[:80]!r}; one JSON object per line is expected"
@@ -106,8 +106,8 @@ def read_jsonl(path: Path) -> Iterator[Record]:
         raise RecordFileError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _parse(line: str) -> Any:
-    """A line's value; a ValueError where a later stage could not write it again, or a part of it would be lost."""
+def parse_json(line: str) -> Any:
+    """A text's value; a ValueError where a later stage could not write it again, or a part of it would be lost."""
     value = _DECODER.decode(line)
     if "\\u" in line or line.count("[") + line.count("{") > DEEPEST:
         _check_values(value)

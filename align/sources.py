@@ -8,6 +8,7 @@ from typing import Any
 
 from .errors import ConfigError, RecordError, RecordFileError
 from .record_file import RecordFile
+from .records import parse_json
 
 
 def load_rows(source: str, *, split: str = "train", subset: str | None = None) -> Sequence[dict[str, Any]]:
@@ -29,9 +30,7 @@ def load_rows(source: str, *, split: str = "train", subset: str | None = None) -
         if suffix in (".jsonl", ".parquet") and "://" not in source:
             rows: Sequence[Any] = RecordFile(source)
         elif suffix == ".json":
-            if "://" not in source and not Path(source).is_file():
-                raise RecordFileError(f"{source}: no such file; check the path")
-            rows = load_dataset("json", data_files=source, split="train")
+            rows = _read_json(source)
         else:
             rows = load_dataset(source, subset, split=split)
     except (RecordFileError, RecordError):
@@ -44,6 +43,26 @@ def load_rows(source: str, *, split: str = "train", subset: str | None = None) -
         ) from error
     if len(rows) == 0:
         raise RecordError(f"{source}: there are no rows in it")
+    return rows
+
+
+def _read_json(source: str) -> list[dict[str, Any]]:
+    """Objects of a file that is one list of them. pyarrow's reader, which data sets are loaded by, dies of some damaged files."""
+    import fsspec
+
+    if "://" not in source and not Path(source).is_file():
+        raise RecordFileError(f"{source}: no such file; check the path")
+    try:
+        with fsspec.open(source, "r", encoding="utf-8-sig") as file:
+            text = file.read()
+        rows = parse_json(text)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{source}: not JSON ({error}); one list of objects is expected") from None
+    if not isinstance(rows, list):
+        raise RecordError(f"{source}: {text[:80]!r} is no list; a file with one object per line ends in .jsonl")
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise RecordError(f"{source}, row {index}: {str(row)[:80]!r} is no JSON object")
     return rows
 
 
