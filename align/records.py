@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -48,6 +49,7 @@ ROWS_PER_GROUP = 10_000
 DEEPEST = 64
 #: Token ids below this fit every tokenizer's and tensor's integers.
 _MOST_IDS = 2**31
+_MOST = sys.float_info.max
 
 
 def row_name(row: Mapping[str, Any], index: int) -> str:
@@ -338,7 +340,7 @@ def check_token_columns(row: Mapping[str, Any], name: str, columns: Sequence[str
                     f"{name}: {full} has {len(values)} numbers for {len(ids)} ids{_hint(row, values, ids)}"
                 )
             for position, value in enumerate(values):
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _MOST:
                     raise RecordError(
                         f"{name}: {full}[{position}] = {value!r} is no finite number; remove or mend the row"
                     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -76,8 +77,9 @@ def histogram(
         return counts
     low = min(values) if low is None else low
     high = max(values) if high is None else high
+    span = high / 2 - low / 2  # halves, since the difference of two floats need not be one
     for value in values:
-        place = int((value - low) / (high - low) * bins) if high > low else 0
+        place = int((value / 2 - low / 2) / span * bins) if span > 0 else 0
         counts[min(max(place, 0), bins - 1)] += 1
     return counts
 
@@ -336,8 +338,14 @@ def _page_row(
             values = pair.get(f"{side}_{column}")
             if values:
                 # Found before the digits are cut, or it would not be the token that the share above counts.
-                row[side][column] = {"values": [float(f"{v:.5g}") for v in values], "lowest": values.index(min(values))}
+                row[side][column] = {"values": [_short(v) for v in values], "lowest": values.index(min(values))}
     return row
+
+
+def _short(value: float) -> float:
+    """Five digits; the value itself where they would be rounded beyond the floats, which JSON has no word for."""
+    rounded = float(f"{value:.5g}")
+    return rounded if math.isfinite(rounded) else float(value)
 
 
 def _content(content: Any) -> str:

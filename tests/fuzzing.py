@@ -134,9 +134,11 @@ def valid_rows(draw, kind: str) -> list[dict]:
             row |= {"prompt_ids": draw(token_ids), "chosen_ids": draw(token_ids), "rejected_ids": draw(token_ids)}
             row |= {"answer": draw(answers)}
             for column in draw(st.lists(st.sampled_from(TOKEN_COLUMNS), max_size=2, unique=True)):
+                shares = st.floats(0, 1) if column in ("ce_scores", "rollout_values") or draw(st.booleans()) else None
+                values = shares or st.floats(allow_nan=False, allow_infinity=False)
                 for side in ("chosen", "rejected"):
                     size = len(row[f"{side}_ids"])
-                    row[f"{side}_{column}"] = draw(st.lists(st.floats(0, 1), min_size=size, max_size=size))
+                    row[f"{side}_{column}"] = draw(st.lists(values, min_size=size, max_size=size))
         rows.append(row)
     return rows
 
