@@ -5,6 +5,8 @@ not run again, so that an interrupted run goes on (`python -m pytest tests/test_
 """
 
 import hashlib
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -75,3 +77,14 @@ def test_a_hundred_thousand_inputs(request, batch):
         passed = request.config.cache.get(key, {}) | {str(batch): dict(seen)}
         request.config.cache.set(key, passed)
     assert sum(passed[str(batch)].values()) >= 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_inputs_steered_by_coverage(name, tmp_path):
+    pytest.importorskip("atheris")
+    command = [sys.executable, str(ROOT / "tests/fuzz_coverage.py"), name, "--runs", "1000", "--corpus", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert not list(tmp_path.glob("crash-*"))
+    assert len(list(tmp_path.iterdir())) > 3, "nothing was found that reaches anything new: is align instrumented?"
