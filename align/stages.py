@@ -221,12 +221,7 @@ def _merge(
 ) -> Sequence[Record]:
     """Writes `path` from the rows of its parts, and gives its rows; never more than one of them is in memory."""
     lines = JsonLines()
-    try:
-        rows: Sequence[Record] = Sorted(lines, (order(row) for part in parts for row in lines.read(part)), take=order)
-    except (KeyError, TypeError):
-        raise RecordFileError(
-            f"{path}.parts: holds rows that this stage did not write; delete it and run again"
-        ) from None
+    rows: Sequence[Record] = Sorted(lines, (order(row) for part in parts for row in lines.read(part)), take=order)
     last_words = rows if finish is None else finish(rows)
     if Path(path).suffix == ".parquet":  # its types depend on all rows, which are gone through twice
         merged = parts[0].with_name("merged.jsonl") if parts else Path(f"{path}.parts", "merged.jsonl")
