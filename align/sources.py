@@ -31,6 +31,8 @@ def load_rows(source: str, *, split: str = "train", subset: str | None = None) -
             rows: Sequence[Any] = RecordFile(source)
         elif suffix == ".json":
             rows = _read_json(source)
+        elif Path(source).exists():  # what is in it would decide how it is read, pyarrow's JSON reader among the ways
+            raise RecordFileError(f"{source}: no .jsonl, .parquet or .json file; name one")
         else:
             rows = load_dataset(source, subset, split=split)
     except (RecordFileError, RecordError):

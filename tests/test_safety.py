@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from align import config
-from align.errors import ConfigError, ModelLoadError, RecordError, RecordFileError
+from align.errors import ModelLoadError, RecordError, RecordFileError
 from align.merge import merge_adapter
 from align.models import is_adapter, load_adapters, load_model, load_tokenizer, model_identity
 from align.scoring.guidance import load_guide
@@ -287,7 +287,7 @@ def test_loading_scripts_of_data_sets_are_refused(tmp_path, mark):
     folder.mkdir()
     write_code(folder, mark)
     for source in (folder, folder / "theirs.py"):
-        with pytest.raises(ConfigError, match="theirs.*neither a .jsonl"):
+        with pytest.raises(RecordFileError, match="theirs.*no .jsonl, .parquet or .json file"):
             load_rows(str(source))
 
 
