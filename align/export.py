@@ -108,10 +108,12 @@ def _arena(row: Record, instruction: str, model_name: str) -> dict[str, Any]:
         f"{name}_count": {kind: len(pattern.findall(plain)) for kind, pattern in patterns.items()}
         for name, patterns in (("list", _LISTS), ("bold", _BOLD))
     }
+    # Half a surrogate pair is refused where the file is written.
+    whole = f"{model_name} {row['id']} {answer}".encode(errors="replace").decode()
     return {
         "uid": row["id"],
         # The same answers have the same ids, so that an export made twice is the same but for its time.
-        "ans_id": uuid.uuid5(uuid.NAMESPACE_URL, f"{model_name} {row['id']} {answer}").hex,
+        "ans_id": uuid.uuid5(uuid.NAMESPACE_URL, whole).hex,
         "model": model_name,
         "messages": [*messages, {"role": "assistant", "content": {"answer": answer}}],
         "tstamp": time.time(),

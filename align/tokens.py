@@ -180,6 +180,10 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], name
             raise MissingColumnError(f"{name}: column 'prompt' is missing; text completions need it")
         from trl.data_utils import extract_prompt
 
+        for side in ("chosen", "rejected"):
+            check_prompt(row[side], name, side)
+            if isinstance(row[side], str):
+                raise RecordError(f"{name}: chosen is messages, {side} is text; give both alike")
         row = extract_prompt(dict(row))
     tools = row.get("tools")
     more = row.get("chat_template_kwargs") or {}

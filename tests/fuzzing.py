@@ -188,7 +188,7 @@ def spoilt_rows(draw, kind: str, changes: int = 3) -> list:
             kept = row[column][1:] if change == "item" else row[column]
             row[column] = [*kept, draw(json_values)]
         elif change == "swap":
-            other = draw(st.sampled_from(sorted(row)))
+            other = draw(st.sampled_from(sorted(row) or [""]))
             row[column], row[other] = row.get(other), row.get(column)
         elif change == "twice":
             rows.append(dict(row))

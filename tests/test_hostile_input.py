@@ -153,9 +153,10 @@ def test_evaluation_refuses_what_it_would_have_passed_over():
         check_format(["alpaca-eval"])
 
 
-def test_an_export_that_cannot_be_encoded_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("judge", ["alpaca-eval", "arena-hard"])
+def test_an_export_that_cannot_be_encoded_leaves_nothing(tmp_path, judge):
     with pytest.raises(AlignError, match="\\\\ud800|surrogate"):
-        export_completions([VERDICT], tmp_path / "out.json", "alpaca-eval", "model \ud800")
+        export_completions([VERDICT], tmp_path / "out.json", judge, "model \ud800")
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
@@ -256,3 +257,11 @@ def test_tokens_that_are_no_text():
     tokenizer = byte_level_tokenizer()
     with pytest.raises(ModelMismatchError, match="is no token"):
         shared_ids(tokenizer, tokenizer, {"<|endoftext|>": [1]})
+
+
+@pytest.mark.parametrize(
+    "row", [{"chosen": 0, "rejected": "0"}, {"chosen": [{"role": "user", "content": "x"}], "rejected": "0"}], ids=str
+)
+def test_preferences_without_a_prompt_need_messages(row):
+    with pytest.raises(RecordError, match="row 1: chosen"):
+        encode_pair(byte_level_tokenizer(chat=True), row, "row 1")
