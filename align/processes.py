@@ -5,10 +5,13 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from .errors import AlignError, ConfigError, ElsewhereError
@@ -43,10 +46,34 @@ def process_state() -> PartialState:
 
 @functools.cache
 def _leave_at_exit() -> None:
-    """A group that is still there when the interpreter goes now and then aborts its process, its work long done."""
+    """A group that is still there when the interpreter goes now and then aborts its process, its work long done: a thread
+    of gloo's that lets go of a tensor of Python's while the interpreter ends is torn down with it, and the process, too.
+
+    Destroying the group ends these threads only where nobody else, as DDP's reducer, holds it; so they are waited for."""
     import torch
 
-    atexit.register(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
+    def leave_group() -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        rested, end = 0, time.monotonic() + 5
+        while rested < 2 and time.monotonic() < end:
+            time.sleep(0.01)  # without the interpreter's lock, for which they may be waiting
+            rested = rested + 1 if all(state == "S" for state in _gloo_threads()) else 0
+
+    atexit.register(leave_group)
+
+
+def _gloo_threads() -> list[str]:
+    """The states of the threads that do gloo's work, as Linux has them: S for one that sleeps, having nothing to do."""
+    states = []
+    for thread in Path("/proc/self/task").glob("*"):
+        try:
+            _, name, state = re.match(r"(\d+) \((.*)\) (\S)", (thread / "stat").read_text()).groups()
+        except OSError:
+            continue  # it has just ended
+        if name.startswith("pt_gloo"):
+            states.append(state)
+    return states
 
 
 def launched_processes() -> int:
