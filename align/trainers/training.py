@@ -128,8 +128,8 @@ def train_sft(
         method: `sft`, TRL's `SFTTrainer`; `bash` or `rac`, on the model's own tokens.
 
     Returns:
-        `steps`, `train_loss`, `train_runtime` in seconds, `rows`, `prompt_fills_max_length` (dropped); empty where the
-        output was complete already.
+        `steps`, `train_loss`, `train_runtime` in seconds since the last start, `rows` that were trained on,
+        `prompt_fills_max_length` (dropped); empty where the output was complete already, whose manifest has them.
 
     Raises:
         ConfigError: an unknown field, or `out_dir` holds something else.
@@ -169,8 +169,7 @@ def train_sft(
             peft_config=_lora(lora),
         )
 
-    counts = _train(method, model, rows, out_dir, build, {"args": dict(args or {}), "lora": lora})
-    return counts and counts | {"prompt_fills_max_length": dropped}
+    return _train(method, model, rows, out_dir, build, {"args": dict(args or {}), "lora": lora}, dropped)
 
 
 def train_preference(
@@ -221,9 +220,16 @@ def train_preference(
 
 
 def _train(
-    method: str, model: Mapping[str, Any], rows: Sequence[Record], out_dir, build, settings: dict[str, Any]
+    method: str,
+    model: Mapping[str, Any],
+    rows: Sequence[Record],
+    out_dir,
+    build,
+    settings: dict[str, Any],
+    dropped: int = 0,
 ) -> dict[str, Any]:
-    """Trains in `<out_dir>.training`, resuming from its last checkpoint, and moves the result to `out_dir`."""
+    """Trains in `<out_dir>.training`, resuming from its last checkpoint, and moves the result to `out_dir`; `dropped` rows
+    fill the length with their prompts, besides those that the trainer itself drops."""
     out_dir, process = Path(out_dir), process_state()
     check_trainable(model, settings["lora"])
     settings = {**settings, "model": {**model, "path": model_identity(model["path"])}, "data": records_hash(rows)}
@@ -235,12 +241,12 @@ def _train(
                 _clear(working, marker)
         return {}
     with locked(out_dir), _naming(working):
-        return _train_alone(method, model, rows, out_dir, build, settings, working, marker)
+        return _train_alone(method, model, rows, out_dir, build, settings, working, marker, dropped)
 
 
 def _train_alone(
     method: str, model: Mapping[str, Any], rows: list[dict], out_dir: Path, build, settings: dict[str, Any],
-    working: Path, marker: Path,
+    working: Path, marker: Path, dropped: int,
 ) -> dict[str, Any]:  # fmt: skip
     """`_train`, while no other process works on `out_dir`."""
     process = process_state()
@@ -264,9 +270,11 @@ def _train_alone(
         check_checkpoint(checkpoint, working)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(working / "final"))
+    dropped += (by_trainer := getattr(trainer, "data_report", {}).get("train", {}).get("prompt_fills_max_length", 0))
     counts = {
         "steps": result.global_step,
-        "rows": len(rows),
+        "rows": len(rows) - by_trainer,
+        "prompt_fills_max_length": dropped,
         **{k: result.metrics[k] for k in ("train_loss", "train_runtime")},
     }
     if checkpoint is not None:  # the Trainer's own is that of the steps since then
