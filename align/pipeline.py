@@ -31,6 +31,7 @@ from .rac import CorrectionSettings, correction_report
 from .record_file import RecordFile
 from .records import Record, read_records
 from .sample import SampleConfig, sample_completions, sample_settings
+from .sources import check_outside
 from .stages import is_complete, read_manifest
 from .verify import verify
 
@@ -85,6 +86,7 @@ class Chain:
         Raises:
             RecordFileError: another process works in the run's folder.
         """
+        check_outside(self.out, *(getattr(self.config, n) for n in ("train", "test", "pairs", "test_pairs", "teacher")))
         with locked(self.out):
             return self._run()
 

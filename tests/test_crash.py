@@ -477,6 +477,26 @@ def test_a_result_cannot_be_put_where_a_link_stands(tmp_path, model_dir):
         merge_adapter(model_dir, model_dir, tmp_path / "out")
 
 
+def test_an_input_is_never_an_output(tmp_path):
+    """Not of a function, and not by its name in a recipe's folder."""
+    from align.config import read_config
+    from align.pipeline import Chain
+    from align.preferences import tokenize_pairs
+    from align.verify import verify
+
+    path = verdicts(tmp_path / "samples.jsonl")
+    whole = path.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(path)
+    for stage in (verify, lambda source, out: tokenize_pairs(str(source), None, out)):
+        with pytest.raises(ConfigError, match=r"link\.jsonl is given twice"):
+            stage(path, tmp_path / "link.jsonl")
+    for section in ("train", "test"):
+        config = read_config(ROOT / "recipes/configs/cdpo/tiny-arithmetic.yaml", [f"{section}.source={path}"])
+        with pytest.raises(ConfigError, match=r"samples\.jsonl lies in .*, where stages write files of their own"):
+            Chain(config, tmp_path).run()
+    assert path.read_bytes() == whole
+
+
 def test_a_file_where_parts_would_lie_is_named(tmp_path):
     (tmp_path / "out.jsonl.parts").write_text("somebody's")
     with pytest.raises(RecordFileError, match=r"out\.jsonl\.parts: cannot be written: .*a file stands where a folder"):
