@@ -100,6 +100,17 @@ def _number(error: BaseException) -> int | None:
     return errno.ENOSPC if any(words in text for words in _TORCH) else None
 
 
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Makes a RecordFileError that names `path` of a refusal of the system to write, move or remove below it."""
+    try:
+        yield
+    except AlignError:
+        raise
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
 def write_error(path: str | os.PathLike, error: BaseException) -> RecordFileError:
     """A RecordFileError that names `path`, what the system said, and the remedy."""
     number = _number(error)

@@ -33,7 +33,7 @@ def merge_adapter(
     settings = {"model": model_identity(model), "adapter": model_identity(adapter), "dtype": dtype}
     if is_complete(out, "merge", settings):
         return str(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise ConfigError(f"{out} exists already; give another folder, or remove it yourself")
     loaded = load_model(model, dtype=dtype, adapter=adapter, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)

@@ -31,6 +31,7 @@ from .rac import CorrectionSettings, correction_report
 from .record_file import RecordFile
 from .records import Record, read_records
 from .sample import SampleConfig, sample_completions, sample_settings
+from .sources import check_outside
 from .stages import is_complete, read_manifest
 from .verify import verify
 
@@ -85,6 +86,7 @@ class Chain:
         Raises:
             RecordFileError: another process works in the run's folder.
         """
+        check_outside(self.out, *(getattr(self.config, n) for n in ("train", "test", "pairs", "test_pairs", "teacher")))
         with locked(self.out):
             return self._run()
 
@@ -227,9 +229,8 @@ class Chain:
             counts["train dpo"] = self.train("dpo", counts)
             return str(self.out / "dpo")
         guide = self.out / "guide"
-        counts["train guide"] = train_preference(
-            "dpo", self.config.model, self._referenced(), guide, **self.config.guide
-        )
+        trained = train_preference("dpo", self.config.model, self._referenced(), guide, **self.config.guide)
+        counts["train guide"] = trained or read_manifest(guide)["counts"]
         return str(guide)
 
     def _guidance(self, guide: str | Path, pairs: Sequence[Record], path: Path) -> dict[str, Any]:
@@ -273,9 +274,11 @@ class Chain:
         settings, method = self.config.methods[name], METHODS[name]
         if method.scores is None:
             demonstrations = RecordFile(self._demonstrations(method.learns, counts))
-            return train_sft(self.config.model, demonstrations, self.out / name, method=method.trainer, **settings)
-        pairs = RecordFile(self.score(method.scores, counts))
-        return train_preference(method.trainer, self.config.model, pairs, self.out / name, **settings)
+            trained = train_sft(self.config.model, demonstrations, self.out / name, method=method.trainer, **settings)
+        else:
+            pairs = RecordFile(self.score(method.scores, counts))
+            trained = train_preference(method.trainer, self.config.model, pairs, self.out / name, **settings)
+        return trained or read_manifest(self.out / name)["counts"]
 
     def evaluate(self, name: str) -> dict[str, Any]:
         """What `base` or a trained method does on the test problems and the held-out pairs."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checks import check_apart
 from .errors import ConfigError, MissingColumnError, RecordError
 from .problems import PROMPT_COLUMNS
 from .records import Record, check_prompt, row_name
@@ -60,6 +61,7 @@ def tokenize_pairs(
         raise ConfigError("system_prompt needs chat: true; without it, there is no place for it")
     if limit is not None and limit < 1:
         raise ConfigError(f"limit = {limit} must be at least 1")
+    check_apart(source, out_path)
     stamp = file_hash(source) if Path(source).is_file() else source
     settings = {
         "source": stamp, "split": split, "subset": subset, "limit": limit, "chat": chat, "system_prompt": system_prompt,

@@ -5,6 +5,7 @@ A list of a million pairs takes tens of gigabytes; here a row costs 20 bytes, wh
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,8 +18,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
+from .atomic import write_error
 from .errors import RecordFileError
 from .records import Record, check_file, check_records, read_jsonl
+
+#: What the system says where a copy has no room.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 #: Rows of a batch of a Parquet file's copy: what is read for one row.
 ROWS_PER_BATCH = 64
@@ -54,6 +59,7 @@ class JsonLines(Rows):
     def __init__(self) -> None:
         self._files: list[Path] = []
         self._which, self._starts, self._sizes = array("i"), array("q"), array("q")
+        self._stamps: list[tuple[int, int]] = []  # of the files, as they were indexed
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -63,6 +69,7 @@ class JsonLines(Rows):
         self._files.append(Path(path))
         start = 0
         with open(path, "rb") as file:
+            self._stamps.append(_stamp(file.fileno()))
             for line in (piece for block in file for piece in block.splitlines(keepends=True)):
                 if line[:1] == b"{" or line.decode("utf-8-sig", "replace").strip():
                     self._which.append(len(self._files) - 1)
@@ -81,14 +88,23 @@ class JsonLines(Rows):
         try:
             descriptor = os.open(path, os.O_RDONLY)
             try:
+                changed = _stamp(descriptor) != self._stamps[self._which[index]]
                 line = os.pread(descriptor, self._sizes[index], self._starts[index])
             finally:
                 os.close(descriptor)
+            if changed:
+                raise ValueError
             return json.loads(line.decode("utf-8-sig"))
         except ValueError:
             raise RecordFileError(f"{path}: was changed while it was in use; start again") from None
         except OSError as error:
             raise RecordFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _stamp(descriptor: int) -> tuple[int, int]:
+    """What changes when a file is written to, or is another one under its name."""
+    stat = os.fstat(descriptor)
+    return stat.st_size, stat.st_mtime_ns
 
 
 class _ArrowRows(Rows):
@@ -112,6 +128,9 @@ class _ArrowRows(Rows):
             for number in range(self._reader.num_record_batches):
                 starts.append(starts[-1] + len(self._reader.get_batch(number)))
         except Exception as error:  # noqa: BLE001 - of a damaged file pyarrow raises nearly everything
+            if getattr(error, "errno", None) in _FULL:
+                folder = f"{tempfile.gettempdir()} ($TMPDIR names another folder)"
+                raise write_error(f"{path}: its copy in {folder}", error) from None
             raise RecordFileError(f"{path}: not a readable Parquet file ({error}); write it again") from None
         self._path, self._starts = path, array("q", starts)
         self._last: tuple[int, Any] = (-1, None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,17 @@ def load_rows(source: str, *, split: str = "train", subset: str | None = None) -
     if len(rows) == 0:
         raise RecordError(f"{source}: there are no rows in it")
     return rows
+
+
+def check_outside(folder: str | os.PathLike, *sections: Mapping[str, Any]) -> None:
+    """Raises a ConfigError where the `source` of a section, or of its `problems`, lies where a run writes its files."""
+    places = [Path(os.path.realpath(place)) for place in (folder, Path(folder, "test"))]
+    for section in (*sections, *(section.get("problems") or {} for section in sections)):
+        source = str(section.get("source") or "")
+        if Path(source).is_file() and Path(os.path.realpath(source)).parent in places:
+            raise ConfigError(
+                f"{source} lies in {folder}, where stages write files of their own over it; move it, or give another output"
+            )
 
 
 def _read_json(source: str) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from .atomic import atomic_path
+from .atomic import atomic_path, writing
 from .errors import RecordFileError
 from .locks import locked
 from .record_file import JsonLines, RecordFile, Sorted, digest_of
@@ -91,7 +91,8 @@ def write_chosen(
 
 def forget(path: str | os.PathLike) -> None:
     """Removes the manifest of `path`; call it before the output is replaced, or an old manifest could stand beside it."""
-    manifest_path(path).unlink(missing_ok=True)
+    with writing(manifest_path(path)):
+        manifest_path(path).unlink(missing_ok=True)
 
 
 def is_complete(path: str | os.PathLike, stage: str, settings: Mapping[str, Any]) -> bool:
@@ -189,7 +190,8 @@ def run_in_parts(
                 held.enter_context(locked(path))
                 parts = _parts(path)
                 if process.is_main_process:
-                    _open_parts(parts, stage, settings, len(batches))
+                    with writing(parts):
+                        _open_parts(parts, stage, settings, len(batches))
         if not complete:
             mine = range(process.process_index, len(batches), process.num_processes)
             with together(process):
@@ -253,6 +255,7 @@ def _open_parts(parts: Path, stage: str, settings: Mapping[str, Any], batches: i
         known = None
     if known != wanted:
         if parts.exists():
+            say_discarded(parts, known, wanted)
             shutil.rmtree(parts)
         with atomic_path(header) as temporary:
             temporary.write_text(json.dumps(wanted), encoding="utf-8")
@@ -264,6 +267,21 @@ def _open_parts(parts: Path, stage: str, settings: Mapping[str, Any], batches: i
             print(f"align: {part} {damage}; it is computed again", file=sys.stderr)
         if damage is not None:
             _seal(part).unlink(missing_ok=True)
+
+
+def say_discarded(path: Path, known: Any, wanted: Mapping[str, Any]) -> None:
+    """Says on stderr that unfinished work is removed, and which of its settings are not those that are wanted now."""
+    old, new = _flat(known), _flat(_plain(wanted))
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name, ...) != new.get(name, ...))
+    what = f"of other settings ({', '.join(changed[:8])})" if isinstance(known, dict) else "of unknown settings"
+    print(f"align: {path} is unfinished work {what}; it is removed", file=sys.stderr)
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Values of nested settings by their dotted names."""
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    return {k: v for key, part in value.items() for k, v in _flat(part, f"{name}.{key}".lstrip(".")).items()}
 
 
 def _seal(part: Path) -> Path:

@@ -56,8 +56,8 @@ class Teaching:
         tokenizer, problems = self._tokenizer(base), load_problems(**given.get("problems", self.config.train))
         tokenize_demonstrations(problems, tokenizer, path, settings={"teacher": model_identity(base["path"])})
         training = {name: given[name] for name in ("args", "lora") if name in given}
-        if trained := train_sft(base, RecordFile(path), folder, **training):
-            self.counts["train teacher"] = trained
+        trained = train_sft(base, RecordFile(path), folder, **training)
+        self.counts["train teacher"] = trained or read_manifest(folder)["counts"]
         return {**base, "adapter": str(folder)} if training.get("lora") is not None else {**base, "path": str(folder)}
 
     def _identity(self, teacher: Mapping[str, Any]) -> dict[str, Any]:

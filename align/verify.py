@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from .checks import check_apart
 from .errors import RecordError
 from .record_file import RecordFile
 from .records import Record, check_records, row_name
@@ -250,6 +251,7 @@ def verify(samples_path: str | os.PathLike, out_path: str | os.PathLike) -> dict
     Returns:
         The counts of `verify_records`.
     """
+    check_apart(samples_path, out_path)
     settings = {"samples": file_hash(samples_path) if os.path.exists(samples_path) else None}
     if is_complete(out_path, "verify", settings):
         return read_manifest(out_path)["counts"]

@@ -1,6 +1,7 @@
 """What dies while it works, and what it finds when it comes back: locks, damaged files, full disks, checkpoints."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -14,9 +15,10 @@ from conftest import random_pairs
 from safetensors.torch import save_file
 
 from align.atomic import atomic_path, write_error
-from align.errors import RecordFileError
+from align.errors import ConfigError, RecordFileError
 from align.export import export_completions
 from align.locks import locked
+from align.merge import merge_adapter
 from align.pair import pair
 from align.records import read_records, write_records
 from align.stages import is_complete, run_in_parts, write_chosen, write_manifest
@@ -60,6 +62,7 @@ def start(code: str, *arguments: object, **options) -> subprocess.Popen:
 HOLD = """
 import sys, time
 from align.locks import locked
+from align.merge import merge_adapter
 with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
@@ -378,17 +381,124 @@ def half(path: Path) -> None:
 )
 def test_an_incomplete_checkpoint_is_named_and_skipped(tmp_path, capsys, checkpoints, damage, words):
     folder, args = checkpoints
-    shutil.copytree(folder, tmp_path / "t")
+    shutil.copytree(folder, tmp_path / "t", ignore=shutil.ignore_patterns("checkpoint-4"))
     third = tmp_path / "t" / "checkpoint-3"
     assert checkpoint_damage(third, args) is None
     damage(third)
     assert last_whole_checkpoint(tmp_path / "t", args).endswith("checkpoint-2")
-    told = capsys.readouterr().err
-    assert re.search(f"checkpoint-3 is incomplete and skipped: {words}", told)
-    assert "checkpoint-4" not in told  # the last step's is whole; it is only of no use
+    assert re.search(f"checkpoint-3 is incomplete and skipped: {words}", capsys.readouterr().err)
     assert sorted(p.name for p in (tmp_path / "t").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_a_checkpoint_needs_the_random_state_of_every_process(checkpoints):
     folder, args = checkpoints
     assert checkpoint_damage(folder / "checkpoint-2", args, processes=2) == "rng_state_0.pth is missing"
+
+
+def test_a_sharded_checkpoint_needs_its_optimizer_and_the_directory_of_its_shards(tmp_path, checkpoints):
+    """Without, the Trainer would begin with a new optimizer, and say nothing."""
+    folder, args = checkpoints
+    path = tmp_path / "checkpoint-2"
+    shutil.copytree(folder / "checkpoint-2", path)
+    (path / "model.safetensors").unlink()
+    (path / "optimizer.pt").unlink()
+    shards = path / "pytorch_model_fsdp_0"
+    shards.mkdir()
+    assert checkpoint_damage(path, args) == "pytorch_model_fsdp is missing"
+    (shards / ".metadata").touch()
+    assert checkpoint_damage(path, args) == "optimizer is missing"
+    torch.save({}, path / "optimizer.bin")
+    assert checkpoint_damage(path, args) is None
+    (path / "scheduler.pt").unlink()
+    assert checkpoint_damage(path, args) == "scheduler.pt is missing"
+
+
+def tamper(marker: Path, **counts) -> None:
+    manifest = json.loads(marker.read_text())
+    marker.write_text(json.dumps(manifest | {"counts": counts}))
+
+
+@pytest.fixture
+def killed(tmp_path, checkpoints):
+    """A copy of what that training left, and a call that goes on with it."""
+    folder, _ = checkpoints
+    shutil.copytree(folder, tmp_path / folder.name)
+    for name in (".settings", ".settings.manifest.json"):
+        shutil.copy(f"{folder}{name}", tmp_path / f"{folder.name}{name}")
+    return tmp_path / "out"
+
+
+def test_a_training_that_died_after_its_last_step_takes_no_other(killed, model_dir, monkeypatch):
+    """Not even where the checkpoint of that step is the only one."""
+    last = killed.with_name("out.training") / "checkpoint-4"
+    for path in killed.with_name("out.training").glob("checkpoint-[123]"):
+        shutil.rmtree(path)
+    weights = (last / "model.safetensors").read_bytes()
+    losses = [e["loss"] for e in json.loads((last / "trainer_state.json").read_text())["log_history"] if "loss" in e]
+
+    def step(*_, **__):
+        raise AssertionError("another step")
+
+    monkeypatch.setattr("align.trainers.guards.FiniteGuard.training_step", step)
+    counts = train_sft({"path": model_dir, "dtype": "float32"}, ROWS, killed, args=ARGS)
+    assert (killed / "model.safetensors").read_bytes() == weights
+    assert counts["steps"] == len(losses) == 4 and counts["train_loss"] == pytest.approx(sum(losses) / 4)
+
+
+def test_checkpoints_of_more_processes_are_not_thrown_away(killed, model_dir):
+    working = killed.with_name("out.training")
+    tamper(killed.with_name("out.training.settings.manifest.json"), processes=2)
+    with pytest.raises(
+        ConfigError, match="checkpoint-1 is of a training in 2 processes, and this one would go on in 1"
+    ):
+        train_sft({"path": model_dir, "dtype": "float32"}, ROWS, killed, args=ARGS)
+    assert len(list(working.glob("checkpoint-*"))) == 4
+
+
+def test_unfinished_work_of_other_settings_is_named(killed, tmp_path, model_dir, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out.jsonl", interrupt=1, n=4, model={"path": "x"})
+    capsys.readouterr()
+    run(tmp_path / "out.jsonl", n=5, model={"path": "x"})
+    told = capsys.readouterr().err
+    assert "out.jsonl.parts is unfinished work of other settings (settings.n); it is removed" in told
+    train_sft({"path": model_dir, "dtype": "float32"}, ROWS, killed, args=ARGS | {"save_steps": 3})
+    told = capsys.readouterr().err
+    assert "out.training is unfinished work of other settings (args.save_steps); it is removed" in told
+
+
+def test_a_result_cannot_be_put_where_a_link_stands(tmp_path, model_dir):
+    """Told before the training, not by the system at its end."""
+    (tmp_path / "big").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "big")
+    with pytest.raises(ConfigError, match="out is a link; give the folder that it leads to"):
+        train_sft({"path": model_dir, "dtype": "float32"}, ROWS, tmp_path / "out", args=ARGS)
+    with pytest.raises(ConfigError, match="out exists already"):
+        merge_adapter(model_dir, model_dir, tmp_path / "out")
+
+
+def test_an_input_is_never_an_output(tmp_path):
+    """Not of a function, and not by its name in a recipe's folder."""
+    from align.config import read_config
+    from align.pipeline import Chain
+    from align.preferences import tokenize_pairs
+    from align.verify import verify
+
+    path = verdicts(tmp_path / "samples.jsonl")
+    whole = path.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(path)
+    for stage in (verify, lambda source, out: tokenize_pairs(str(source), None, out)):
+        with pytest.raises(ConfigError, match=r"link\.jsonl is given twice"):
+            stage(path, tmp_path / "link.jsonl")
+    for section in ("train", "test"):
+        config = read_config(ROOT / "recipes/configs/cdpo/tiny-arithmetic.yaml", [f"{section}.source={path}"])
+        with pytest.raises(ConfigError, match=r"samples\.jsonl lies in .*, where stages write files of their own"):
+            Chain(config, tmp_path).run()
+    assert path.read_bytes() == whole
+
+
+def test_a_file_where_parts_would_lie_is_named(tmp_path):
+    (tmp_path / "out.jsonl.parts").write_text("somebody's")
+    with pytest.raises(RecordFileError, match=r"out\.jsonl\.parts: cannot be written: .*a file stands where a folder"):
+        run(tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl.parts").read_text() == "somebody's"

@@ -55,7 +55,7 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_its_update(tmp_path, tokeni
         check()
 
     trainer.check_update = checked
-    with pytest.raises(NonFiniteError, match=r"step 2: not finite.*p4, p5, p6, p7") as caught:
+    with pytest.raises(NonFiniteError, match=r"step 2: not finite: losses nan, .* \(by p5\).*p4, p5, p6, p7") as caught:
         trainer.train()
     assert isinstance(caught.value, AlignError)
     # The first update changed the weights; the second has not.
@@ -72,6 +72,7 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_its_update(tmp_path, tokeni
         for side, drawn in (("chosen", batch["rows"][:2]), ("rejected", batch["rows"][2:])):
             assert [row["input_ids"] for row in drawn] == [row["prompt_ids"] + row[f"{side}_ids"] for row in rows]
             assert [row["ids"] for row in drawn] == [[row["id"]] for row in rows]
+            assert [row["finite"] for row in drawn] == [(row["id"], side) != ("p5", "chosen") for row in rows]
     finite = [torch.isfinite(torch.tensor(float(batch["loss"]))).item() for batch in process["micro_batches"]]
     assert finite == [False, True]
 
@@ -93,7 +94,7 @@ def test_what_is_finite_is_left_alone(tmp_path, tokenizer, model_dir):
 def test_passes_within_a_batch_are_looked_at_too(tmp_path, tokenizer, model_dir):
     """The longest pairs come first then; p5 is among those of whichever update it is in."""
     trainer = preference_trainer(tmp_path, tokenizer, model_dir, 5, max_tokens_per_batch=40)
-    with pytest.raises(NonFiniteError, match="Rows of the update: .*p5"):
+    with pytest.raises(NonFiniteError, match=r"not finite: losses .* \(by p5\).*Rows of the update: .*p5"):
         trainer.train()
 
 

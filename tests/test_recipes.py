@@ -190,6 +190,7 @@ def test_the_whole_chain_then_nothing_to_do_then_one_stage(tmp_path):
     }
     python(*command, *flags)
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+    assert json.loads((out / "summary.json").read_text()) == summary  # what was counted on the way stays counted
     python(*command, *flags, "--set", "methods.cdpo.args.learning_rate=1e-4")
     changed = {str(p.relative_to(out)) for p, stamp in stamps.items() if p.stat().st_mtime_ns != stamp}
     assert {"cdpo", "test/cdpo-samples.jsonl"} <= changed  # the verdicts depend on what was sampled

@@ -2,6 +2,8 @@
 grow with the number of rows."""
 
 import json
+import os
+import tempfile
 import tracemalloc
 from itertools import cycle, islice
 
@@ -81,6 +83,29 @@ def test_a_file_that_changes_while_it_is_used_is_an_error(tmp_path):
     path.write_text("{}")
     with pytest.raises(RecordFileError, match="changed"):
         file[2]
+
+
+def test_a_file_that_is_replaced_while_it_is_used_is_an_error(tmp_path):
+    """Its rows have the places of the old ones, and would be taken for them."""
+    path, rows = tmp_path / "a.jsonl", random_pairs(3)
+    write_records(path, rows)
+    file = RecordFile(path)
+    other = path.read_bytes().replace(b'"p1"', b'"q1"')
+    (tmp_path / "b.jsonl").write_bytes(other)
+    os.utime(tmp_path / "b.jsonl", ns=(1, 1))
+    (tmp_path / "b.jsonl").replace(path)
+    with pytest.raises(RecordFileError, match="changed"):
+        file[1]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full, on Linux")
+def test_a_parquet_file_is_not_blamed_where_its_copy_has_no_room(tmp_path, monkeypatch):
+    write_records(tmp_path / "a.parquet", random_pairs(3))
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "r+b", buffering=0))  # noqa: SIM115
+    with pytest.raises(
+        RecordFileError, match=r"a\.parquet: its copy in .*TMPDIR.*: No space left on device; free space"
+    ):
+        RecordFile(tmp_path / "a.parquet")
 
 
 def test_parquet_is_written_in_groups_with_the_types_of_all_rows(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 from conftest import random_pairs
 
 from align.errors import ConfigError, MissingColumnError, RecordError
+from align.stages import read_manifest
 from align.trainers.training import train_preference, train_sft
 
 ARGS = {
@@ -69,6 +70,16 @@ def test_demonstrations_without_room_are_counted(tmp_path, model_dir):
         train_sft(model, [], tmp_path / "none", args=ARGS, lora=LORA)
 
 
+def test_pairs_without_room_are_counted_in_the_manifest(tmp_path, model_dir):
+    pairs = random_pairs(12)
+    limit = sorted(len(pair["prompt_ids"]) for pair in pairs)[8]
+    model, out = {"path": model_dir, "dtype": "float32"}, tmp_path / "out"
+    counts = train_preference("dpo", model, pairs, out, args=ARGS | {"max_steps": 1, "max_length": limit}, lora=LORA)
+    assert counts["prompt_fills_max_length"] == sum(len(pair["prompt_ids"]) >= limit for pair in pairs) > 0
+    assert counts["rows"] + counts["prompt_fills_max_length"] == 12
+    assert read_manifest(out)["counts"] == counts
+
+
 def test_an_interrupted_training_goes_on_even_from_a_half_written_checkpoint(tmp_path, model_dir, monkeypatch):
     from align.trainers import training
 
@@ -106,6 +117,7 @@ def test_an_interrupted_training_goes_on_even_from_a_half_written_checkpoint(tmp
         for name in ("whole", "broken")
     ]
     assert losses[0] == losses[1] and not working.exists()
+    assert read_manifest(tmp_path / "broken")["counts"]["train_loss"] == pytest.approx(whole["train_loss"], abs=1e-4)
     assert train("broken") == {}  # complete
 
 

@@ -7,45 +7,65 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
+from ..errors import ConfigError
 from ..processes import process_state
 
 
-def last_whole_checkpoint(working: Path, args: TrainingArguments) -> str | None:
-    """The newest checkpoint of `working` that is whole and before the last step (resumed at the last step, the Trainer takes
-    one step too many), the same in all processes; `None` where there is none.
+class ResumesAtTheEnd(Trainer):
+    """From a checkpoint of the last step, takes no further one, as the Trainer would; goes in front of a TRL trainer."""
 
-    Newer ones are removed, and those of them that are incomplete named: the training will write them once more, and what
-    an interrupted writing leaves must not mix with what was there before.
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        self.control.should_training_stop = True
+
+
+def last_whole_checkpoint(working: Path, args: TrainingArguments) -> str | None:
+    """The newest checkpoint of `working` that is whole, the same in all processes; `None` where there is none.
+
+    Newer ones are removed and named: the training will write them once more, and what an interrupted writing leaves must
+    not mix with what was there before.
     """
     process = process_state()
     found: list[str | None] = [None]
     if process.is_main_process:
-        checkpoints = sorted(
-            (path for path in working.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()),
-            key=lambda path: int(path.name.rpartition("-")[2]),
-        )
+        checkpoints = _checkpoints(working)
         while checkpoints and found == [None]:
             path = checkpoints.pop()
-            damage = checkpoint_damage(path, args, process.num_processes)
-            if damage is None and _is_before_the_end(path):
-                found = [str(path)]
-                continue
-            if damage is not None:
+            if damage := checkpoint_damage(path, args, process.num_processes):
                 print(f"align: {path} is incomplete and skipped: {damage}", file=sys.stderr)
-            shutil.rmtree(path)
+                shutil.rmtree(path)
+            else:
+                found = [str(path)]
     if process.num_processes > 1:
         broadcast_object_list(found)
     return found[0]
 
 
-def _is_before_the_end(path: Path) -> bool:
-    state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    return state["global_step"] < state["max_steps"]
+def check_processes(working: Path, before: int | None, now: int) -> None:
+    """Raises a ConfigError where there are checkpoints of another number of processes: each of them would lack the random
+    state of some process, and be skipped.
+
+    Args:
+        before: how many began the training; `None` where nothing says so.
+    """
+    if before not in (None, now) and (path := next(iter(_checkpoints(working)), None)):
+        raise ConfigError(
+            f"{path} is of a training in {before} process{'es' * (before != 1)}, and this one would go on in {now}, with other "
+            f"batches; launch as many as before, or remove {working} to begin anew"
+        )
+
+
+def _checkpoints(working: Path) -> list[Path]:
+    """By step."""
+    found = (path for path in working.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal())
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def checkpoint_damage(path: Path, args: TrainingArguments, processes: int = 1) -> str | None:
@@ -93,7 +113,20 @@ def _missing(path: Path, args: TrainingArguments, processes: int) -> str | None:
             return f"{gone[0]} is missing"
     if args.save_only_model:
         return None
-    needed = [] if engine else ["optimizer.pt", "scheduler.pt"]
+    fsdp = any(path.glob("pytorch_model_fsdp*"))
+    for name in ("pytorch_model_fsdp", "optimizer") if fsdp else ():
+        # Whole, of a rank, or a folder that is whole with its directory; without, the Trainer begins anew and says nothing.
+        if not any(path.glob(f"{name}*.bin")) and not any(path.glob(f"{name}_*/.metadata")):
+            return f"{name} is missing"
+    needed = ["scheduler.pt"] if fsdp else [] if engine else ["optimizer.pt", "scheduler.pt"]
     if not args.save_on_each_node:  # otherwise those of other machines lie there
         needed += ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     return next((f"{name} is missing" for name in needed if not (path / name).is_file()), None)
+
+
+def mean_loss(history: list[dict[str, Any]], otherwise: float) -> float:
+    """The mean loss of a training from what was logged, by how many steps each entry speaks of."""
+    logged = [entry for entry in history if "loss" in entry]
+    steps = [entry["step"] - before for entry, before in zip(logged, [0, *(e["step"] for e in logged)], strict=False)]
+    total = sum(steps)
+    return sum(e["loss"] * n for e, n in zip(logged, steps, strict=True)) / total if total else otherwise

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from ..atomic import atomic_path
 from ..errors import ElsewhereError, NonFiniteError
+from .checkpoints import ResumesAtTheEnd
 
 #: What is written beside the checkpoints.
 FILE = "non_finite.json"
@@ -22,7 +23,7 @@ FILE = "non_finite.json"
 NAMED = 10
 
 
-class FiniteGuard(Trainer):
+class FiniteGuard(ResumesAtTheEnd):
     """Looks at the losses and gradients of every update before the optimizer does; goes in front of a TRL trainer.
 
     `NonFiniteError` ends the training in every process; the rows of the update, those of all its micro-batches and processes, are then in
@@ -30,16 +31,20 @@ class FiniteGuard(Trainer):
     losses alone are looked at.
     """
 
+    #: Set by a trainer that has one: a number for every row of the batch, not finite where the row makes the loss that.
+    of_rows: torch.Tensor | None = None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._update: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
+        self._update: list[tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]] = []
         self.add_callback(_BeforeTheOptimizer(self))
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         # Taken before the step: it may take inputs apart. No copy, nothing waits for the device.
         held = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+        self.of_rows = None
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._update.append((loss.detach(), held))
+        self._update.append((loss.detach(), held, self.of_rows))
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -51,7 +56,7 @@ class FiniteGuard(Trainer):
         update, self._update = self._update, []
         state = self.accelerator
         grads = [] if state.scaler is not None else [p.grad for p in self.model.parameters() if p.grad is not None]
-        sums = [loss.float().sum() for loss, _ in update]
+        sums = [loss.float().sum() for loss, *_ in update]
         if grads:
             norm = torch.nn.utils.get_total_norm(grads)
             sums.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -72,9 +77,11 @@ class FiniteGuard(Trainer):
             )
         rows = [row for part in parts for batch in part["micro_batches"] for row in batch["rows"]]
         names = list(dict.fromkeys(name for row in rows for name in row["ids"]))
+        bad = list(dict.fromkeys(name for row in rows if row.get("finite") is False for name in row["ids"]))
         losses = [batch["loss"] for part in parts for batch in part["micro_batches"]]
         gradients = list(dict.fromkeys(name for part in parts for name in part["parameters"]))
-        what = f"losses {', '.join(map(str, losses))}" + (f", gradient of {gradients[0]}" if gradients else "")
+        what = f"losses {', '.join(map(str, losses))}" + (f" (by {', '.join(bad[:8])})" if bad else "")
+        what += f", gradient of {gradients[0]}" if gradients else ""
         raise NonFiniteError(
             f"step {self.state.global_step + 1}: not finite: {what}; weights are as they were before it. Rows of the update: "
             f"{', '.join(names[:8]) or len(rows)}{' …' if len(names) > 8 else ''}, all in {path}. Look at those rows, or lower the "
@@ -88,11 +95,14 @@ class FiniteGuard(Trainer):
             if grads and parameter.grad is not None and not _finite(parameter.grad)
         ]
         batches = []
-        for loss, held in update:
+        for loss, held, of_rows in update:
             ids = held["input_ids"]
             masks = held.get("attention_mask", torch.ones_like(ids))
             rows = [row[mask.bool()].tolist() for row, mask in zip(ids.cpu(), masks.cpu(), strict=True)]
             batches.append({"loss": str(loss.sum().item()), "rows": [{"input_ids": row} for row in rows]})
+            if of_rows is not None:
+                for row, finite in zip(batches[-1]["rows"], torch.isfinite(of_rows).tolist(), strict=True):
+                    row["finite"] = finite
         found = self._names([row["input_ids"] for batch in batches for row in batch["rows"]])
         for batch in batches:
             for row in batch["rows"]:

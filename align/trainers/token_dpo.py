@@ -314,6 +314,7 @@ class TokenDPOTrainer(FiniteGuard, TokenBudget, TokenReference):
             self.precompute_ref_logps = precomputed
         loss, *outputs = result if return_outputs else (result,)
         logratios = (seam.logps - ref_logps) * mask
+        self.of_rows = (weights * logratios).detach().masked_fill(mask == 0, 0).sum(1)
         loss = self._finish_loss(loss, logratios, weights, mask)
         if "sft" in self.loss_types and self._part is not None:
             loss = loss + self._sft_by_tokens(seam.logps, mask)

@@ -21,14 +21,14 @@ from ..atomic import failed_write, sync, write_error
 from ..errors import AlignError, ConfigError, MissingColumnError, RecordError, RecordFileError
 from ..locks import locked, remove_temporaries
 from ..models import base_fingerprint, load_model, load_tokenizer, model_identity, vocab_size, write_base_file
-from ..processes import process_state
+from ..processes import process_state, together
 from ..record_file import Derived
 from ..records import Record, check_records
 from ..safety import check_checkpoint
-from ..stages import is_complete, manifest_path, read_manifest, records_hash, write_manifest
+from ..stages import is_complete, manifest_path, read_manifest, records_hash, say_discarded, write_manifest
 from ..tokens import check_row_ids
 from .cdpo import CDPOTrainer
-from .checkpoints import last_whole_checkpoint
+from .checkpoints import check_processes, last_whole_checkpoint, mean_loss
 from .guards import FiniteGuard
 from .row_data import dataset_on_disk
 from .self_generated import BASHConfig, BASHTrainer, RACConfig, RACTrainer
@@ -128,8 +128,8 @@ def train_sft(
         method: `sft`, TRL's `SFTTrainer`; `bash` or `rac`, on the model's own tokens.
 
     Returns:
-        `steps`, `train_loss`, `train_runtime` in seconds, `rows`, `prompt_fills_max_length` (dropped); empty where the
-        output was complete already.
+        `steps`, `train_loss`, `train_runtime` in seconds since the last start, `rows` that were trained on,
+        `prompt_fills_max_length` (dropped); empty where the output was complete already, whose manifest has them.
 
     Raises:
         ConfigError: an unknown field, or `out_dir` holds something else.
@@ -169,8 +169,7 @@ def train_sft(
             peft_config=_lora(lora),
         )
 
-    counts = _train(method, model, rows, out_dir, build, {"args": dict(args or {}), "lora": lora})
-    return counts and counts | {"prompt_fills_max_length": dropped}
+    return _train(method, model, rows, out_dir, build, {"args": dict(args or {}), "lora": lora}, dropped)
 
 
 def train_preference(
@@ -221,9 +220,16 @@ def train_preference(
 
 
 def _train(
-    method: str, model: Mapping[str, Any], rows: Sequence[Record], out_dir, build, settings: dict[str, Any]
+    method: str,
+    model: Mapping[str, Any],
+    rows: Sequence[Record],
+    out_dir,
+    build,
+    settings: dict[str, Any],
+    dropped: int = 0,
 ) -> dict[str, Any]:
-    """Trains in `<out_dir>.training`, resuming from its last checkpoint, and moves the result to `out_dir`."""
+    """Trains in `<out_dir>.training`, resuming from its last checkpoint, and moves the result to `out_dir`; `dropped` rows
+    fill the length with their prompts, besides those that the trainer itself drops."""
     out_dir, process = Path(out_dir), process_state()
     check_trainable(model, settings["lora"])
     settings = {**settings, "model": {**model, "path": model_identity(model["path"])}, "data": records_hash(rows)}
@@ -235,12 +241,12 @@ def _train(
                 _clear(working, marker)
         return {}
     with locked(out_dir), _naming(working):
-        return _train_alone(method, model, rows, out_dir, build, settings, working, marker)
+        return _train_alone(method, model, rows, out_dir, build, settings, working, marker, dropped)
 
 
 def _train_alone(
     method: str, model: Mapping[str, Any], rows: list[dict], out_dir: Path, build, settings: dict[str, Any],
-    working: Path, marker: Path,
+    working: Path, marker: Path, dropped: int,
 ) -> dict[str, Any]:  # fmt: skip
     """`_train`, while no other process works on `out_dir`."""
     process = process_state()
@@ -249,17 +255,11 @@ def _train_alone(
         raise ConfigError(
             f"{out_dir} exists and is no output of a training; give another folder, or remove it yourself"
         )
-    if process.is_main_process:
-        remove_temporaries(marker)
-    if process.is_main_process and not is_complete(marker, method, settings):
-        # Checkpoints of other settings must not be resumed.
-        shutil.rmtree(working, ignore_errors=True)
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.touch()
-        write_manifest(marker, method, settings, {})
-    if process.is_main_process:
-        _tidy(working)
-    process.wait_for_everyone()
+    if out_dir.is_symlink():  # a result is moved to its place by its name
+        raise ConfigError(f"{out_dir} is a link; give the folder that it leads to")
+    with together(process):
+        if process.is_main_process:
+            _open(working, marker, method, settings, process.num_processes)
     # Weights that are trained are kept in float32, as TRL does: in bfloat16 an update of a small learning rate is rounded away.
     base = load_model(**(model if settings["lora"] is not None else {**model, "dtype": "float32"}))
     tokenizer = load_tokenizer(model["path"], trust_remote_code=model.get("trust_remote_code", False))
@@ -270,11 +270,15 @@ def _train_alone(
         check_checkpoint(checkpoint, working)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(working / "final"))
+    dropped += (by_trainer := getattr(trainer, "data_report", {}).get("train", {}).get("prompt_fills_max_length", 0))
     counts = {
         "steps": result.global_step,
-        "rows": len(rows),
+        "rows": len(rows) - by_trainer,
+        "prompt_fills_max_length": dropped,
         **{k: result.metrics[k] for k in ("train_loss", "train_runtime")},
     }
+    if checkpoint is not None:  # the Trainer's own is that of the steps since then
+        counts["train_loss"] = mean_loss(trainer.state.log_history, counts["train_loss"])
     if process.is_main_process:
         tokenizer.save_pretrained(working / "final")
         if (working / "contexts").is_dir():
@@ -297,6 +301,23 @@ def _train_alone(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return counts
+
+
+def _open(working: Path, marker: Path, method: str, settings: dict[str, Any], processes: int) -> None:
+    """Keeps what an earlier run with the same settings left to go on from, and removes any other's."""
+    remove_temporaries(marker)
+    known, before = read_manifest(marker) or {}, None
+    if is_complete(marker, method, settings):
+        before = known["counts"].get("processes")
+        check_processes(working, before, processes)
+    elif working.exists():  # checkpoints of other settings must not be resumed
+        say_discarded(working, known.get("settings"), settings)
+        shutil.rmtree(working, ignore_errors=True)
+    if before != processes:
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+        write_manifest(marker, method, settings, {"processes": processes})
+    _tidy(working)
 
 
 def _tidy(working: Path) -> None:
