@@ -350,6 +350,16 @@ def folded_adapter(model: PreTrainedModel | PeftModel, name: str | None):
 WHOLE, STRIP, STRIPS = 1 << 26, 1 << 16, 3
 
 
+def _ordered(adapter_config: bytes) -> bytes:
+    """PEFT holds names of modules as a set, and writes them in another order in every process."""
+    try:
+        settings = json.loads(adapter_config)
+        names = settings["target_modules"]
+        return json.dumps(settings | {"target_modules": sorted(names) if isinstance(names, list) else names}).encode()
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return adapter_config
+
+
 def model_identity(path: str | Path) -> str:
     """What tells a model or adapter apart in a manifest: its hub name, or a hash of its configuration, tokenizer and weights.
 
@@ -368,7 +378,8 @@ def model_identity(path: str | Path) -> str:
         digest.update(f"{file.name} {size} ".encode())
         with open(file, "rb") as stream:
             if size <= WHOLE or file.suffix != ".safetensors":
-                digest.update(stream.read())
+                content = stream.read()
+                digest.update(_ordered(content) if file.name == "adapter_config.json" else content)
                 continue
             header = stream.read(min(size, int.from_bytes(stream.read(8), "little")))
             digest.update(header)

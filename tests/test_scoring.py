@@ -156,6 +156,14 @@ def test_pickled_weights_are_not_loaded(tmp_path):
         load_model(str(tmp_path))
 
 
+def test_an_adapter_is_the_same_in_whatever_order_its_modules_were_written(tmp_path):
+    identities = []
+    for names in (["q_proj", "v_proj"], ["v_proj", "q_proj"], ["q_proj", "k_proj"]):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "target_modules": names}))
+        identities.append(models.model_identity(tmp_path))
+    assert identities[0] == identities[1] != identities[2]
+
+
 def test_a_change_anywhere_in_the_weights_is_another_model(tmp_path, monkeypatch):
     """Also in a file too large to be read whole, and deep inside of it."""
     model = tiny_llama()
