@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import AlignError, ConfigError, ElsewhereError
 
@@ -33,8 +33,11 @@ def process_state() -> PartialState:
         os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available()
     )
     # While one process pairs or writes the page, the others wait: minutes with much data, and NCCL's default is ten.
-    options = {"timeout": timedelta(hours=6)} if launched > 1 else {}
-    state = PartialState(cpu=launched > 1 and cpu, **options)
+    options: dict[str, Any] = {"timeout": timedelta(hours=6)} if launched > 1 else {}
+    if cpu and launched_with_deepspeed():
+        # Told that it is on the CPU, accelerate leaves DeepSpeed out; asked for gloo, it forms the same group with it.
+        options["backend"] = "gloo"
+    state = PartialState(cpu=launched > 1 and cpu and "backend" not in options, **options)
     check_group(state.num_processes)
     if launched > 1:
         _leave_at_exit()
@@ -52,6 +55,11 @@ def _leave_at_exit() -> None:
 def launched_processes() -> int:
     """How many processes torchrun, or `accelerate launch` by way of it, has started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_with_deepspeed() -> bool:
+    """Whether `accelerate launch` was told to use DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true")
 
 
 def check_group(processes: int) -> None:

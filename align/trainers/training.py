@@ -21,7 +21,7 @@ from ..atomic import failed_write, sync, write_error
 from ..errors import AlignError, ConfigError, MissingColumnError, RecordError, RecordFileError
 from ..locks import locked, remove_temporaries
 from ..models import base_fingerprint, load_model, load_tokenizer, model_identity, vocab_size, write_base_file
-from ..processes import process_state
+from ..processes import launched_with_deepspeed, process_state
 from ..record_file import Derived
 from ..records import Record, check_records
 from ..safety import check_checkpoint
@@ -76,7 +76,9 @@ def _arguments(cls: type, args: Mapping[str, Any], out_dir: Path) -> Any:
     if unknown := sorted(set(args) - known):
         raise ConfigError(f"{', '.join(unknown)}: no field of {cls.__name__}; mend the name or remove it")
     if process_state().device.type == "cpu":
-        args = {"use_cpu": True, "dataloader_pin_memory": False, **args}
+        # Told that it is on the CPU, accelerate leaves DeepSpeed out.
+        on_cpu = {"ddp_backend": "gloo"} if launched_with_deepspeed() else {"use_cpu": True}
+        args = {**on_cpu, "dataloader_pin_memory": False, **args}
     return cls(output_dir=str(out_dir), **{"report_to": "none", **args})
 
 
