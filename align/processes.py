@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from .errors import AlignError, ConfigError, ElsewhereError
 
@@ -33,11 +33,8 @@ def process_state() -> PartialState:
         os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available()
     )
     # While one process pairs or writes the page, the others wait: minutes with much data, and NCCL's default is ten.
-    options: dict[str, Any] = {"timeout": timedelta(hours=6)} if launched > 1 else {}
-    if cpu and launched_with_deepspeed():
-        # Told that it is on the CPU, accelerate leaves DeepSpeed out; asked for gloo, it forms the same group with it.
-        options["backend"] = "gloo"
-    state = PartialState(cpu=launched > 1 and cpu and "backend" not in options, **options)
+    options = {"timeout": timedelta(hours=6)} if launched > 1 else {}
+    state = PartialState(cpu=launched > 1 and cpu, **options)
     check_group(state.num_processes)
     if launched > 1:
         _leave_at_exit()

@@ -48,23 +48,22 @@ def shard_on_the_cpu() -> None:
     Accelerator.get_state_dict = gather
 
 
-def leave_shared_memory_out() -> None:
-    """Has DeepSpeed's processes talk over gloo alone: on a CPU it would have its shared-memory kernels compiled first."""
-    from deepspeed.ops import __compatible_ops__
+def talk_over_gloo() -> None:
+    """Lets DeepSpeed's processes begin at once: on a CPU, it would compile kernels of its own for talking."""
+    if launched_with_deepspeed():
+        from deepspeed.ops import __compatible_ops__
 
-    __compatible_ops__["deepspeed_shm_comm"] = False
+        __compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def build(method: str, out: str, lora: bool, **settings):
     """A trainer of the method on a tiny model, four rows a step in all."""
     trainer, config, columns, own = METHODS[method]
     tokenizer = byte_level_tokenizer()
-    # On a CPU, accelerate takes DeepSpeed where it is asked for gloo, and leaves it out where it is told that this is one.
-    device = {"ddp_backend": "gloo"} if launched_with_deepspeed() else {"use_cpu": True}
     args = config(
         out, per_device_train_batch_size=4 // process_state().num_processes, **{
             "max_steps": 6, "bf16": False, "report_to": "none", "logging_steps": 1, "learning_rate": 1e-3, "seed": 3,
-            "gradient_checkpointing": False, **device, "save_strategy": "no", "disable_tqdm": True,
+            "gradient_checkpointing": False, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True,
             "max_length": 64, "dataloader_pin_memory": False, **({} if columns else {"completion_only_loss": True}),
         } | own | settings,
     )  # fmt: skip
@@ -79,8 +78,7 @@ if __name__ == "__main__":
     method, out, lora, settings = sys.argv[1:]
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         shard_on_the_cpu()
-    if launched_with_deepspeed():
-        leave_shared_memory_out()
+    talk_over_gloo()
     trainer = build(method, out, lora == "lora", **json.loads(settings))
     resumed = {"resume_from_checkpoint": str(next(Path(out).glob("checkpoint-*"), "")) or None}
     trainer.train(**resumed)

@@ -22,8 +22,8 @@ def check_sharding(trainer: Trainer) -> None:
         )
     if launched_with_deepspeed() and not trainer.is_deepspeed_enabled:
         raise ConfigError(
-            "launched with DeepSpeed, but use_cpu=True has accelerate leave it out, and this process would train with all "
-            "weights; set use_cpu=False and ddp_backend='gloo', or launch with recipes/accelerate/cpu.yaml"
+            "launched with DeepSpeed, but ACCELERATE_USE_CPU has accelerate leave it out, and this process would train with "
+            "all weights; unset it, or launch with recipes/accelerate/cpu.yaml"
         )
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage != 3:
         raise ConfigError(

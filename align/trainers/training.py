@@ -21,7 +21,7 @@ from ..atomic import failed_write, sync, write_error
 from ..errors import AlignError, ConfigError, MissingColumnError, RecordError, RecordFileError
 from ..locks import locked, remove_temporaries
 from ..models import base_fingerprint, load_model, load_tokenizer, model_identity, vocab_size, write_base_file
-from ..processes import launched_with_deepspeed, process_state
+from ..processes import process_state
 from ..record_file import Derived
 from ..records import Record, check_records
 from ..safety import check_checkpoint
@@ -32,12 +32,17 @@ from .checkpoints import last_whole_checkpoint
 from .guards import FiniteGuard
 from .row_data import dataset_on_disk
 from .self_generated import BASHConfig, BASHTrainer, RACConfig, RACTrainer
+from .sharding import check_sharding
 from .tgdpo import TGDPOTrainer
 from .token_dpo import TokenDPOTrainer
 
 
 class GuardedSFTTrainer(FiniteGuard, SFTTrainer):
     """TRL's, which stops where a loss or gradient is not finite."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_sharding(self)
 
 
 #: Preference methods by the name a configuration gives them. DPO is the token trainer with all weights 1, whatever weights
@@ -76,9 +81,7 @@ def _arguments(cls: type, args: Mapping[str, Any], out_dir: Path) -> Any:
     if unknown := sorted(set(args) - known):
         raise ConfigError(f"{', '.join(unknown)}: no field of {cls.__name__}; mend the name or remove it")
     if process_state().device.type == "cpu":
-        # Told that it is on the CPU, accelerate leaves DeepSpeed out.
-        on_cpu = {"ddp_backend": "gloo"} if launched_with_deepspeed() else {"use_cpu": True}
-        args = {**on_cpu, "dataloader_pin_memory": False, **args}
+        args = {"use_cpu": True, "dataloader_pin_memory": False, **args}
     return cls(output_dir=str(out_dir), **{"report_to": "none", **args})
 
 
