@@ -61,8 +61,9 @@ def build(method: str, out: str, lora: bool, **settings):
     trainer, config, columns, own = METHODS[method]
     tokenizer = byte_level_tokenizer()
     args = config(
-        out, per_device_train_batch_size=4 // process_state().num_processes, **{
-            "max_steps": 6, "bf16": False, "report_to": "none", "logging_steps": 1, "learning_rate": 1e-3, "seed": 3,
+        out, **{
+            "per_device_train_batch_size": 4 // process_state().num_processes, "max_steps": 6, "bf16": False,
+            "report_to": "none", "logging_steps": 1, "learning_rate": 1e-3, "seed": 3,
             "gradient_checkpointing": False, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True,
             "max_length": 64, "dataloader_pin_memory": False, **({} if columns else {"completion_only_loss": True}),
         } | own | settings,
