@@ -14,7 +14,7 @@ import yaml
 from conftest import byte_level_tokenizer, tiny_llama
 from safetensors.torch import load_file
 from test_distributed import ENVIRONMENT, TESTS
-from test_parallel import ROOT, launch, save_base
+from test_parallel import ROOT, launch
 
 from align.errors import ConfigError
 from align.lm_head import knows_head
@@ -44,6 +44,12 @@ def zero3(tmp_path_factory) -> Path:
     return shipped(tmp_path_factory.mktemp("zero3") / "zero3.yaml")
 
 
+def save_large_base(folder: Path) -> None:
+    """ZeRO-3 leaves tensors of fewer than 100,000 numbers whole; those of this model lie on both sides."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.05}
+    tiny_llama(vocab_size=len(byte_level_tokenizer()), **sizes).save_pretrained(folder)
+
+
 def shipped(path: Path, **changed) -> Path:
     settings = yaml.safe_load((ROOT / "recipes/accelerate/zero3.yaml").read_text())
     settings["deepspeed_config"] |= changed
@@ -61,7 +67,7 @@ def train(config: Path, processes: int, method: str, lora: str, out: Path, **set
 def one_process(tmp_path_factory):
     """What one process logs and saves, by method and kind of weights; each trained once."""
     folder, known = tmp_path_factory.mktemp("one"), {}
-    save_base(folder / "base")
+    save_large_base(folder / "base")
 
     def of(method: str, lora: str) -> tuple[dict, Path]:
         if (method, lora) not in known:
@@ -89,7 +95,7 @@ def one_process(tmp_path_factory):
 def test_zero3_logs_the_losses_of_one_process_and_saves_whole_weights(
     tmp_path, zero3, one_process, method, lora, settings
 ):
-    save_base(tmp_path / "base")
+    save_large_base(tmp_path / "base")
     one, alone = one_process(method, lora)
     two = train(zero3, 2, method, lora, tmp_path / "2", **settings)
     assert (one["kind"], two["kind"], two["processes"]) == ("MULTI_CPU", "DEEPSPEED", 2)
@@ -105,7 +111,7 @@ def test_zero3_logs_the_losses_of_one_process_and_saves_whole_weights(
 
 @launches
 def test_a_resumed_training_ends_as_an_uninterrupted_one(tmp_path, zero3):
-    save_base(tmp_path / "base")
+    save_large_base(tmp_path / "base")
     out, settings = tmp_path / "2", {"save_strategy": "steps", "save_steps": 3}
     whole = train(zero3, 2, "cdpo", "full", out, **settings)["logged"]
     weights = load_file(out / "final/model.safetensors")
@@ -123,7 +129,7 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(tmp_path, zero3):
 @launches
 def test_the_trainings_of_a_recipe_follow_each_other(tmp_path, zero3):
     """The second one's model, and one that is loaded in between, are whole."""
-    save_base(tmp_path / "base")
+    save_large_base(tmp_path / "base")
     byte_level_tokenizer().save_pretrained(tmp_path / "base")
     losses = []
     for config, processes in ((CPU, 1), (zero3, 2)):
@@ -142,7 +148,7 @@ def test_the_trainings_of_a_recipe_follow_each_other(tmp_path, zero3):
 @pytest.mark.parametrize("parameter", [None, "base_model.model.model.layers.1.self_attn.q_proj.lora_B.default.weight"])
 def test_what_is_not_finite_stops_all(tmp_path, zero3, parameter):
     """DeepSpeed itself leaves such an update out without a word."""
-    save_base(tmp_path / "base")
+    save_large_base(tmp_path / "base")
     command = [str(TESTS / "ddp_non_finite.py"), str(tmp_path / "out"), *([parameter] if parameter else [])]
     done = launch(zero3, 2, *command, timeout=SECONDS)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("align:")]
@@ -168,7 +174,7 @@ def test_what_is_not_finite_stops_all(tmp_path, zero3, parameter):
     ],
 )
 def test_what_was_not_tried_is_refused(tmp_path, monkeypatch, method, stage, environment, told):
-    save_base(tmp_path / "base")
+    save_large_base(tmp_path / "base")
     for name, value in environment.items():
         monkeypatch.setitem(ENVIRONMENT, name, value)
     config = shipped(tmp_path / "zero.yaml", zero_stage=stage)
