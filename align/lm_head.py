@@ -105,7 +105,12 @@ def knows_head(model: PreTrainedModel) -> bool:
     """Whether the logits of a causal LM are its head's output as it is, on a CPU and in one piece."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     plain = not any(getattr(config, name, None) for name in BEHIND_THE_HEAD)
-    return plain and type(head) is torch.nn.Linear and type(head.weight) is torch.nn.Parameter and _on_cpu(head)
+    return plain and type(head) is torch.nn.Linear and _is_whole(head.weight) and _on_cpu(head)
+
+
+def _is_whole(weight: torch.Tensor) -> bool:
+    """Whether this process has all of it at any time: no DTensor (FSDP2), nor empty outside of its module (ZeRO-3)."""
+    return type(weight) is torch.nn.Parameter and not hasattr(weight, "ds_id")
 
 
 def _on_cpu(head: torch.nn.Linear) -> bool:

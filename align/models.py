@@ -78,11 +78,16 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from .processes import process_state
+    from .processes import launched_with_deepspeed, process_state
 
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
     process = process_state()
+    if launched_with_deepspeed():
+        # Else each model loaded behind the arguments of a training would be ZeRO-3's, empty outside of its engine.
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
     kwargs: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
         "use_safetensors": True,
@@ -149,7 +154,8 @@ def _not_loaded(path: str, what: str, error: Exception) -> str:
 
 def vocab_size(model: PreTrainedModel | PeftModel) -> int:
     """Number of rows of the input embedding: ids from 0 to one below it can be fed."""
-    return model.get_input_embeddings().weight.shape[0]
+    weight = model.get_input_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves an empty one between passes
 
 
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

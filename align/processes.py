@@ -81,6 +81,11 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_with_deepspeed() -> bool:
+    """Whether `accelerate launch` was told to use DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true")
+
+
 def check_group(processes: int) -> None:
     """Raises a ConfigError where a process would do everything alone that it was launched to share."""
     if processes != launched_processes():

@@ -16,7 +16,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from transformers import AutoModelForCausalLM
 
 from align import BASHConfig, BASHTrainer, CDPOConfig, CDPOTrainer, RACConfig, RACTrainer, TGDPOConfig, TGDPOTrainer
-from align.processes import process_state
+from align.processes import launched_with_deepspeed, process_state
 
 METHODS = {
     "cdpo": (CDPOTrainer, CDPOConfig, ("ce_scores",), {}),
@@ -48,13 +48,22 @@ def shard_on_the_cpu() -> None:
     Accelerator.get_state_dict = gather
 
 
+def talk_over_gloo() -> None:
+    """Lets DeepSpeed's processes begin at once: on a CPU, it would compile kernels of its own for talking."""
+    if launched_with_deepspeed():
+        from deepspeed.ops import __compatible_ops__
+
+        __compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def build(method: str, out: str, lora: bool, **settings):
     """A trainer of the method on a tiny model, four rows a step in all."""
     trainer, config, columns, own = METHODS[method]
     tokenizer = byte_level_tokenizer()
     args = config(
-        out, per_device_train_batch_size=4 // process_state().num_processes, **{
-            "max_steps": 6, "bf16": False, "report_to": "none", "logging_steps": 1, "learning_rate": 1e-3, "seed": 3,
+        out, **{
+            "per_device_train_batch_size": 4 // process_state().num_processes, "max_steps": 6, "bf16": False,
+            "report_to": "none", "logging_steps": 1, "learning_rate": 1e-3, "seed": 3,
             "gradient_checkpointing": False, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True,
             "max_length": 64, "dataloader_pin_memory": False, **({} if columns else {"completion_only_loss": True}),
         } | own | settings,
@@ -70,6 +79,7 @@ if __name__ == "__main__":
     method, out, lora, settings = sys.argv[1:]
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         shard_on_the_cpu()
+    talk_over_gloo()
     trainer = build(method, out, lora == "lora", **json.loads(settings))
     resumed = {"resume_from_checkpoint": str(next(Path(out).glob("checkpoint-*"), "")) or None}
     trainer.train(**resumed)

@@ -28,7 +28,7 @@ class FiniteGuard(ResumesAtTheEnd):
 
     `NonFiniteError` ends the training in every process; the rows of the update, those of all its micro-batches and processes, are then in
     `non_finite.json` in the output folder. Under fp16, gradients overflow as a matter of course and the scaler skips the update: there
-    losses alone are looked at.
+    losses alone are looked at. DeepSpeed's engine takes the step within the backward pass; it is looked at in between.
     """
 
     #: Set by a trainer that has one: a number for every row of the batch, not finite where the row makes the loss that.
@@ -37,28 +37,60 @@ class FiniteGuard(ResumesAtTheEnd):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._update: list[tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]] = []
+        self._held: dict[str, torch.Tensor] = {}
         self.add_callback(_BeforeTheOptimizer(self))
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         # Taken before the step: it may take inputs apart. No copy, nothing waits for the device.
         held = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
         self.of_rows = None
+        if self.is_deepspeed_enabled:
+            self._held = held  # the engine's backward pass, watched, is what the loss is seen in
+            return super().training_step(model, inputs, num_items_in_batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._update.append((loss.detach(), held, self.of_rows))
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        self.check_update()  # clipping by a norm that is no number makes all gradients that
+        if not self.is_deepspeed_enabled:  # whose step is over
+            self.check_update()  # clipping by a norm that is no number makes all gradients that
         return super()._clip_grad_norm(model)
+
+    def _watch(self, engine: Any) -> None:
+        """Has DeepSpeed's engine show each loss before its backward pass, and the update before its step."""
+        backward, step = engine.backward, engine.step
+
+        def shown(loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._update.append((loss.detach(), self._held, self.of_rows))
+            return backward(loss, *args, **kwargs)
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            self.check_update()
+            return step(*args, **kwargs)
+
+        engine.backward, engine.step = shown, checked
+
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        """This process's gradients, by parameter; none where they overflow as a matter of course (fp16)."""
+        named = self.model.named_parameters()
+        if not self.is_deepspeed_enabled:
+            grads = {} if self.accelerator.scaler is not None else {name: p.grad for name, p in named}
+        elif self.accelerator.deepspeed_engine_wrapped.engine.fp16_enabled():
+            grads = {}
+        else:
+            from deepspeed.utils import safe_get_local_grad
+
+            grads = {name: safe_get_local_grad(p) for name, p in named if p.requires_grad}
+        return {name: grad for name, grad in grads.items() if grad is not None}
 
     def check_update(self) -> None:
         """Raises a NonFiniteError where a loss or gradient since the last call is not finite, here or in another process."""
         update, self._update = self._update, []
         state = self.accelerator
-        grads = [] if state.scaler is not None else [p.grad for p in self.model.parameters() if p.grad is not None]
+        grads = self._gradients()
         sums = [loss.float().sum() for loss, *_ in update]
         if grads:
-            norm = torch.nn.utils.get_total_norm(grads)
+            norm = torch.nn.utils.get_total_norm(list(grads.values()))
             sums.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         # One number, for which the device is waited for once per update.
         found = sum(value.to(sums[0].device, torch.float32) for value in sums)
@@ -88,12 +120,8 @@ class FiniteGuard(ResumesAtTheEnd):
             "learning rate if the loss had been rising"
         )
 
-    def _report(self, update: list, grads: list) -> dict[str, Any]:
-        wrong = [
-            name
-            for name, parameter in self.model.named_parameters()
-            if grads and parameter.grad is not None and not _finite(parameter.grad)
-        ]
+    def _report(self, update: list, grads: dict[str, torch.Tensor]) -> dict[str, Any]:
+        wrong = [name for name, grad in grads.items() if not _finite(grad)]
         batches = []
         for loss, held, of_rows in update:
             ids = held["input_ids"]
@@ -142,6 +170,10 @@ def _finite(gradient: torch.Tensor) -> bool:
 class _BeforeTheOptimizer(TrainerCallback):
     def __init__(self, trainer: FiniteGuard) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.is_deepspeed_enabled:
+            self.trainer._watch(self.trainer.accelerator.deepspeed_engine_wrapped.engine)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer._update:  # nothing was clipped

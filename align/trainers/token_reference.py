@@ -9,6 +9,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from trl import DPOTrainer
+from trl.models import prepare_deepspeed
 
 from ..tokens import shift_to_labels, truncate
 from .preference_data import SIDES, has_reference, pad_columns
@@ -77,8 +78,12 @@ class TokenReference(DPOTrainer):
             torch.utils.data.DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, shuffle=False)
         )
         rows: dict[str, list[list[float]]] = {"chosen": [], "rejected": []}
+        if self.ref_model is None and self.is_deepspeed_enabled and self._precompute_engine is None:
+            self._precompute_engine = prepare_deepspeed(
+                self.model, self.accelerator
+            )  # before `train`, nothing gathers its weights
         for batch in loader:
-            logps, _ = self._reference(batch)
+            logps, _ = self._reference(batch, self._precompute_engine)
             # A row's completion lies wherever the truncation left it, so the mask travels with the numbers.
             stacked = torch.stack((logps, shift_to_labels(batch["completion_mask"]).to(logps.dtype)), dim=-1)
             for side, part in zip(SIDES, stacked.chunk(2), strict=True):
@@ -87,12 +92,16 @@ class TokenReference(DPOTrainer):
                     rows[side].append(row[row[:, 1] > 0, 0].tolist())
         return rows
 
-    def _reference(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reference log-probabilities of a batch: per token (2B, T), and TRL's sums (2B,)."""
+    def _reference(self, inputs: dict[str, Any], reference: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reference log-probabilities of a batch: per token (2B, T), and TRL's sums (2B,).
+
+        Args:
+            reference: what to call in place of the reference model, or of the policy, if there is none.
+        """
         stored = [inputs[f"{PREFIX}{side}_ref_logps"] for side in SIDES if f"{PREFIX}{side}_ref_logps" in inputs]
         inputs = {key: value for key, value in inputs.items() if not key.startswith(PREFIX)}
         captured = SimpleNamespace(log_probs=None)
-        reference = self.ref_model or self.model
+        reference = reference or self.ref_model or self.model
 
         def score(**kwargs):
             captured.log_probs = (

@@ -32,12 +32,17 @@ from .checkpoints import check_processes, last_whole_checkpoint, mean_loss
 from .guards import FiniteGuard
 from .row_data import dataset_on_disk
 from .self_generated import BASHConfig, BASHTrainer, RACConfig, RACTrainer
+from .sharding import check_sharding
 from .tgdpo import TGDPOTrainer
 from .token_dpo import TokenDPOTrainer
 
 
 class GuardedSFTTrainer(FiniteGuard, SFTTrainer):
     """TRL's, which stops where a loss or gradient is not finite."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_sharding(self)
 
 
 #: Preference methods by the name a configuration gives them. DPO is the token trainer with all weights 1, whatever weights
