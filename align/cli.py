@@ -98,9 +98,9 @@ def sample(
     )  # fmt: skip
     loaded = {"path": model, "adapter": adapter, "quantization": quantization, "trust_remote_code": trust_remote_code}
     loaded |= {} if dtype is None else {"dtype": dtype}
-    drawing.check_model(loaded)
     stops = tuple(map(unescape, stop or ()))
     config = SampleConfig(n, temperature, top_p, top_k, max_new_tokens, max_prompt_length, stops, seed, batch_size)
+    drawing.check_model(loaded, config)
     rows = load_problems(
         problems,
         split=split,

@@ -259,7 +259,6 @@ class Settings:
             raise ConfigError(
                 "section 'engine': a recipe samples what it has just trained, which no server has; use vllm"
             )
-        self.engine.check_model(config.model)
         self.pairing = section(PairConfig, config.pair, "pair")
         # Rollouts ask what the policy does from a position on, so they are drawn as the solutions were.
         drawn = {name: config.sample[name] for name in DRAWN if name in config.sample}
@@ -268,6 +267,7 @@ class Settings:
         self.ks, self.export = config.evaluate.get("ks", []), config.evaluate.get("export")
         own = {k: v for k, v in config.evaluate.items() if k not in ("ks", "export")}
         self.testing = section(SampleConfig, own, "evaluate")
+        self.engine.check_model(config.model, self.sampling, self.testing)
         if not isinstance(self.ks, list) or any(not isinstance(k, int) or k < 1 for k in self.ks):
             raise ConfigError(f"section 'evaluate': ks = {self.ks!r} must be a list of whole numbers")
         if any(k > self.testing.n for k in self.ks):

@@ -6,7 +6,6 @@ Every engine is given prompts as ids, and gives completions as ids; its text is 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, EngineError, ModelLoadError
 from .processes import launched_processes
+from .safety import check_folder
 from .sample import Draws, Engine, SampleConfig, TransformersEngine, cut_at_end, derived_seed, with_own_ends
+from .vllm_adapter import adapter_rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,8 +29,11 @@ ENGINES = {
     "server": ("server_url", "served_model_name", "concurrency", "timeout"),
 }
 
-#: Ranks of LoRA that vLLM has room for; an adapter of another rank takes the next one.
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+#: Most seconds that a request may be given: a day.
+LONGEST = 86_400
+
+#: Lowest temperature but 0 that vLLM draws at; it takes a lower one for this, with a line in its log.
+COLDEST_DRAWN = 0.01
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,8 @@ class EngineConfig:
             value = getattr(self, field)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"engine: {field} = {value!r} must be a whole number of at least 1")
-        if self.timeout is not None and not self.timeout > 0:
-            raise ConfigError(f"engine: timeout = {self.timeout} must be more than 0 seconds")
+        if self.timeout is not None and not 0 < self.timeout <= LONGEST:
+            raise ConfigError(f"engine: timeout = {self.timeout} must be more than 0 seconds, and {LONGEST} at most")
         if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"engine: gpu_memory_utilization = {self.gpu_memory_utilization} must lie in (0, 1]")
         if self.name == "server" and self.server_url is None:
@@ -79,8 +83,15 @@ class EngineConfig:
         of = {"vllm": ("tensor_parallel_size", "max_model_len"), "server": ("served_model_name",)}.get(self.name, ())
         return {"engine": self.name, **{field: getattr(self, field) for field in of}}
 
-    def check_model(self, model: Mapping[str, Any]) -> None:
-        """Raises a ConfigError where the engine cannot take an argument of `align.load_model`; asked before anything is loaded."""
+    def check_model(self, model: Mapping[str, Any], *sampling: SampleConfig) -> None:
+        """Raises a ConfigError where the engine cannot take an argument of `align.load_model`, or would draw by other settings than
+        these; asked before anything is loaded."""
+        for temperature in [config.temperature for config in sampling]:
+            if self.name != "transformers" and 0 < temperature < COLDEST_DRAWN:
+                raise ConfigError(
+                    f"engine {self.name!r}: vLLM draws at {COLDEST_DRAWN} where temperature = {temperature} is asked; use 0 (the "
+                    f"likeliest token), at least {COLDEST_DRAWN}, or engine 'transformers'"
+                )
         quantization, adapter = model.get("quantization"), model.get("adapter")
         if self.name == "vllm" and quantization is not None:
             raise ConfigError(
@@ -213,6 +224,7 @@ class VLLMEngine(Engine):
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         try:
             from vllm import LLM
+            from vllm.lora.peft_helper import PEFTHelper
             from vllm.lora.request import LoRARequest
             from vllm.platforms import current_platform
         except ImportError as error:
@@ -227,7 +239,11 @@ class VLLMEngine(Engine):
         if current_platform.is_cpu():
             # Where a part of a prompt is computed, vLLM turns the request's generator back, which a CPU's cannot (0.32).
             given["enable_chunked_prefill"] = False
-        lora = {} if adapter is None else {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank(adapter)}
+        lora = {}
+        if adapter is not None:
+            rank = adapter_rank(adapter, {field.name for field in fields(PEFTHelper)})
+            lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+        check_folder(path)
         self.llm: LLM | None = None
         self.lora = None if adapter is None else LoRARequest("adapter", 1, str(Path(adapter).absolute()))
         try:
@@ -237,13 +253,14 @@ class VLLMEngine(Engine):
                     tokenizer=tokenizer.name_or_path,
                     dtype=model.get("dtype", "bfloat16"),
                     trust_remote_code=trust,
+                    load_format="safetensors",  # it would take pickles, too
                     generation_config="vllm",  # no sampling settings of the checkpoint's
                     disable_log_stats=True,
                     **given,
                     **lora,
                 )
             if self.lora is not None:
-                self.llm.llm_engine.add_lora(self.lora)
+                self._add_lora()
         except ConfigError:
             raise
         except (OSError, ValueError, RuntimeError) as error:
@@ -253,6 +270,12 @@ class VLLMEngine(Engine):
                 "says more. Where memory is short, lower gpu_memory_utilization or max_model_len"
             ) from error
         self.max_length = self.llm.llm_engine.model_config.max_model_len
+
+    def _add_lora(self) -> None:
+        try:
+            self.llm.llm_engine.add_lora(self.lora)
+        except Exception as error:  # noqa: BLE001 - what vLLM's process raises arrives as an Exception without a kind
+            raise RuntimeError(str(error)) from error
 
     def generate(self, prompts: Sequence[Sequence[int]], config: SampleConfig, seed: int) -> list[Draws]:
         """See `Engine`. Draw k of prompt i has a seed of its own, so that it depends on no other row."""
@@ -314,23 +337,6 @@ def sampling_options(config: SampleConfig, end_ids: Sequence[int]) -> dict[str, 
         "stop_token_ids": list(end_ids),
         "skip_special_tokens": False,  # a stop text may be the text of a special token
     }
-
-
-def _lora_rank(adapter: str) -> int:
-    """The rank that vLLM has to have room for."""
-    file = Path(adapter) / "adapter_config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        rank = max(raw["r"], *raw.get("rank_pattern", {}).values(), 0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelLoadError(
-            f"{file}: no rank of a LoRA adapter can be read ({_short(error)}); engine 'vllm' takes a folder with a LoRA adapter"
-        ) from error
-    if rank > LORA_RANKS[-1]:
-        raise ConfigError(
-            f"adapter {adapter} has rank {rank}, vLLM takes {LORA_RANKS[-1]} at most; merge it: align merge"
-        )
-    return next(size for size in LORA_RANKS if size >= rank)
 
 
 @contextmanager

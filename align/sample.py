@@ -67,6 +67,8 @@ class SampleConfig:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)  # YAML and the command line give lists
         if other := [text for text in stop if not isinstance(text, str)]:
             raise ConfigError(f"sample: stop = {other[0]!r} must be text")
+        if "" in stop:
+            raise ConfigError("sample: an empty stop text ends every completion at once; leave it out")
         object.__setattr__(self, "stop", stop)
 
 

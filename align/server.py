@@ -48,12 +48,13 @@ class ServerEngine(Engine):
         self.vocab_size, self.end_ids = describe_model(model["path"], tokenizer, model.get("trust_remote_code", False))
         self.url, self.timeout = _base_url(config.server_url), config.timeout or 600.0
         self.name, self.concurrency = config.served_model_name or model["path"], config.concurrency or 64
-        key = os.environ.get(KEY_VARIABLE)
+        key = _key()
         self._client = httpx2.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx2.Timeout(self.timeout, connect=min(10.0, self.timeout), pool=None),
             limits=httpx2.Limits(max_connections=self.concurrency),
         )
+        self._others: list[Any] = []
         try:
             self.max_length = self._served()
         except EngineError:
@@ -75,7 +76,12 @@ class ServerEngine(Engine):
                 f"{self.url} does not serve {self.name!r} but {names or 'nothing'}; if one of these is that model, name it by "
                 "--served-model-name"
             )
-        longest = found.get("max_model_len")
+        # An adapter's card names its base, whose context is its own; a base may have several names, and answers by the first.
+        base = next((model for model in models if model.get("id") == found.get("parent")), found)
+        root = found.get("root")
+        others = [model for model in models if root is None or model.get("root") != root]
+        self._others = [model["id"] for model in others if model.get("id") not in (None, self.name)]
+        longest = found.get("max_model_len") or base.get("max_model_len")
         return longest if isinstance(longest, int) else None
 
     def generate(self, prompts: Sequence[Sequence[int]], config: SampleConfig, seed: int) -> list[Draws]:
@@ -109,6 +115,11 @@ class ServerEngine(Engine):
         choices = body.get("choices") if isinstance(body, dict) else None
         if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
             raise EngineError(f"{self.url}/completions: no choices in the answer: {str(body)[:200]}")
+        if (answered := body.get("model")) in self._others:
+            raise EngineError(
+                f"{self.url} answers by {answered!r} where {self.name!r} is asked: it does not tell its models apart; ask one that "
+                "serves this model alone"
+            )
         if sorted(str(choice.get("index")) for choice in choices) != sorted(map(str, range(config.n))):
             raise EngineError(f"{self.url}/completions: {len(choices)} choices where {config.n} were asked")
         return [
@@ -118,11 +129,21 @@ class ServerEngine(Engine):
     def _read(
         self, prompt: Sequence[int], choice: Mapping[str, Any], body: Mapping[str, Any], config: SampleConfig
     ) -> tuple[list[int], str]:
-        ids, given = choice.get("token_ids"), choice.get("prompt_token_ids", body.get("prompt_token_ids"))
+        ids, usage = choice.get("token_ids"), body.get("usage")
+        given = next((of["prompt_token_ids"] for of in (choice, body) if of.get("prompt_token_ids") is not None), None)
         if not isinstance(ids, list):
             raise EngineError(
                 f"{self.url} returns no token ids, and text is not tokenized again; use a server that knows return_token_ids "
                 "(vLLM from 0.10.2 on), or --engine vllm"
+            )
+        if (
+            given is None
+            and isinstance(usage, dict)
+            and usage.get("prompt_tokens") not in (None, len(prompt), len(prompt) * config.n)
+        ):
+            raise EngineError(
+                f"{self.url} read {usage['prompt_tokens']} tokens of a prompt of {len(prompt)}; it must take ids as they are, all "
+                "of them"
             )
         if given is not None and given != list(prompt):
             raise EngineError(
@@ -164,9 +185,8 @@ class ServerEngine(Engine):
                 raise EngineError(problem)
 
     def _refusal(self, answer: httpx2.Response) -> str:
-        reason = (
-            f"{answer.request.url.path} of {self.url}: {answer.status_code}, {' '.join(answer.text.split())[:300]!r}"
-        )
+        said = answer.text.replace(_key() or "\0", "…")  # some repeat the key that they refuse
+        reason = f"{answer.request.url.path} of {self.url}: {answer.status_code}, {' '.join(said.split())[:300]!r}"
         if answer.status_code in (401, 403):
             return f"{reason}; put the server's key into the environment variable {KEY_VARIABLE}"
         if answer.status_code in TRANSIENT:
@@ -185,6 +205,15 @@ class ServerEngine(Engine):
 
     def close(self) -> None:
         self._client.close()
+
+
+def _key() -> str | None:
+    """The server's key, without the line's end that a file's has."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not all("!" <= letter <= "~" for letter in key):
+        # What sends it would say it where it cannot.
+        raise ConfigError(f"{KEY_VARIABLE} has a letter that no key has (white space, or not ASCII); set it anew")
+    return key or None
 
 
 def _base_url(url: str) -> str:

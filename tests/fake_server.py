@@ -41,6 +41,7 @@ class Fake:
     def __init__(self, folder):
         self.requests, self.headers, self.at_once, self.most = [], [], 0, 0
         self.spoil, self.fail, self.delay = lambda asked, body: body, lambda count: None, 0
+        self.refusal = "no more of {count}"
         self.models = {"data": [{"id": folder, "max_model_len": 256}]}
         self.lock = threading.Lock()
         fake = self
@@ -67,7 +68,7 @@ class Fake:
                 elif failure == "hang up":
                     self.close_connection = True
                 else:
-                    self.answer(failure, {"error": {"message": f"no more of {count}"}})
+                    self.answer(failure, {"error": {"message": fake.refusal.format(count=count)}})
                 with fake.lock:
                     fake.at_once -= 1
 
