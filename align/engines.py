@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import ConfigError, EngineError, ModelLoadError
 from .processes import launched_processes
 from .sample import Draws, Engine, SampleConfig, TransformersEngine, cut_at_end, derived_seed, with_own_ends
+from .stopping import watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,6 +117,8 @@ def open_engine(config: EngineConfig, model: Mapping[str, Any], tokenizer: PreTr
     """
     from .models import load_model
 
+    if launched_processes() > 1:
+        watch()  # the start of another process's engine may fail while this one's still loads
     config.check_model(model)
     if config.name == "transformers":
         return TransformersEngine(load_model(**model), tokenizer)

@@ -1,0 +1,132 @@
+"""Whatever stops one process of a training stops all, wherever they are, with one message."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import random_pairs
+from test_distributed import ENVIRONMENT, TESTS
+from test_parallel import ROOT, launch, save_base
+
+from align.records import write_records
+
+CPU = ROOT / "recipes/accelerate/cpu.yaml"
+SCRIPT = str(TESTS / "failing_training.py")
+
+
+def said(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith("align:")]
+
+
+def tracebacks(stderr: str) -> int:
+    """Of our processes; the launcher has one of its own."""
+    return stderr.count("Traceback (most recent call last)") - 1
+
+
+def first_to_fail(stderr: str) -> tuple[int, int]:
+    """Number and exit code of the process that the launcher saw first."""
+    found = re.search(r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)", stderr, re.DOTALL)
+    return int(found[1]), int(found[2])
+
+
+def write_files(folder: Path) -> None:
+    save_base(folder / "base")
+    write_records(folder / "pairs.jsonl", random_pairs(8, vocab_size=20))
+    text = (folder / "pairs.jsonl").read_bytes()
+    (folder / "damaged.jsonl").write_bytes(text[: len(text) // 2])
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("collator", "row p7: bad"),
+        ("file", "damaged.jsonl"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("places", "update 2: bad"), ("engine", "127.0.0.1:9"))
+        ),
+    ],
+)
+def test_what_one_process_cannot_use_ends_all(tmp_path, kind, message):
+    """The others wait for it in a backward pass, where data are shared, or in a barrier."""
+    write_files(tmp_path)
+    done = launch(CPU, 2, SCRIPT, kind, str(tmp_path / "out"))
+    (line,) = said(done.stderr)
+    assert message in line and tracebacks(done.stderr) == 0
+    assert done.returncode != 0 and first_to_fail(done.stderr) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        pytest.param("held_out", "row 3", marks=pytest.mark.slow),
+        pytest.param("stream", "row 30", marks=pytest.mark.slow),
+    ],
+)
+def test_what_no_process_can_use_is_said_once(tmp_path, kind, message):
+    write_files(tmp_path)
+    done = launch(CPU, 2, SCRIPT, kind, str(tmp_path / "out"))
+    (line,) = said(done.stderr)
+    assert message in line and tracebacks(done.stderr) == 0 and first_to_fail(done.stderr)[1] == 2
+
+
+def test_a_recipes_bad_row_is_said_once(tmp_path):
+    """Every process reads it."""
+    rows = random_pairs(8, vocab_size=20)
+    rows[3]["chosen_ids"] = "no ids"
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["--config", "recipes/configs/cdpo/tiny-arithmetic.yaml", "--data", str(tmp_path / "pairs.jsonl")]
+    done = launch(CPU, 2, "recipes/dpo.py", *settings, "--output", str(tmp_path / "out"))
+    (line,) = said(done.stderr)
+    assert "row 3" in line and "chosen_ids" in line and tracebacks(done.stderr) == 0
+    assert first_to_fail(done.stderr)[1] == 2 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "kind, last_line",
+    [
+        ("constructor", "align.errors.RecordError: train data set: the prompt of each of its 4 rows fills max_length"),
+        pytest.param("bug", "KeyError: 'a bug'", marks=pytest.mark.slow),
+    ],
+)
+def test_what_nobody_catches_has_one_traceback(tmp_path, kind, last_line):
+    save_base(tmp_path / "base")
+    done = launch(CPU, 2, SCRIPT, kind, str(tmp_path / "out"))
+    assert done.returncode != 0 and tracebacks(done.stderr) == 1 and said(done.stderr) == []
+    assert done.stderr.count(last_line) == 1
+
+
+def on_two_machines(*command: str) -> list[subprocess.CompletedProcess]:
+    """Two launchers, none of which ends the processes of the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def machine(rank: int) -> subprocess.CompletedProcess:
+        where = ["--num_machines", "2", "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1"]
+        options = ["--config_file", str(CPU), "--num_processes", "2", *where, "--main_process_port", port]
+        return subprocess.run(
+            [sys.executable, "-m", "accelerate.commands.launch", *options, *command],
+            env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(machine, range(2)))
+
+
+@pytest.mark.parametrize(
+    "kind, message", [("waiting", "row 1"), pytest.param("collator", "row p7", marks=pytest.mark.slow)]
+)
+def test_another_machine_ends_too(tmp_path, kind, message):
+    """Without a launcher that ends its processes, and without a broken connection; where one breaks, nothing is said of it."""
+    write_files(tmp_path)
+    first, second = on_two_machines(SCRIPT, kind, str(tmp_path / "out"))
+    assert first.returncode != 0 and second.returncode != 0
+    assert said(first.stderr) == [] and tracebacks(first.stderr) == 0
+    (line,) = said(second.stderr)
+    assert message in line and tracebacks(second.stderr) == 0 and first_to_fail(second.stderr) == (1, 2)
