@@ -98,5 +98,7 @@ def leave(error: AlignError) -> NoReturn:
     """Ends this process with one line on stderr and exit code 2; with the code alone where another process says why, of itself
     or of all. Those that wait for this one end, too."""
     elsewhere = isinstance(error, ElsewhereError)
-    stop(None if elsewhere else lambda: print(f"align: {error}", file=sys.stderr, flush=True))
+    # A worker of a DataLoader hands an error over with its traceback in front of it.
+    text = str(error).rpartition(f"{type(error).__module__}.{type(error).__name__}: ")[2].strip()
+    stop(None if elsewhere else lambda: print(f"align: {text}", file=sys.stderr, flush=True))
     sys.exit(2)

@@ -12,7 +12,10 @@ import pytest
 from conftest import random_pairs
 from test_distributed import ENVIRONMENT, TESTS
 from test_parallel import ROOT, launch, save_base
+from torch.utils.data import DataLoader
 
+from align.errors import RecordError
+from align.processes import leave
 from align.records import write_records
 
 CPU = ROOT / "recipes/accelerate/cpu.yaml"
@@ -55,7 +58,7 @@ def write_files(folder: Path) -> None:
 def test_what_one_process_cannot_use_ends_all(tmp_path, kind, message):
     """The others wait for it in a backward pass, where data are shared, or in a barrier."""
     write_files(tmp_path)
-    done = launch(CPU, 2, SCRIPT, kind, str(tmp_path / "out"))
+    done = launch(CPU, 2, SCRIPT, kind, str(tmp_path / "out"), timeout=200)
     (line,) = said(done.stderr)
     assert message in line and tracebacks(done.stderr) == 0
     assert done.returncode != 0 and first_to_fail(done.stderr) == (1, 2)
@@ -70,7 +73,7 @@ def test_what_one_process_cannot_use_ends_all(tmp_path, kind, message):
 )
 def test_what_no_process_can_use_is_said_once(tmp_path, kind, message):
     write_files(tmp_path)
-    done = launch(CPU, 2, SCRIPT, kind, str(tmp_path / "out"))
+    done = launch(CPU, 2, SCRIPT, kind, str(tmp_path / "out"), timeout=200)
     (line,) = said(done.stderr)
     assert message in line and tracebacks(done.stderr) == 0 and first_to_fail(done.stderr)[1] == 2
 
@@ -81,7 +84,7 @@ def test_a_recipes_bad_row_is_said_once(tmp_path):
     rows[3]["chosen_ids"] = "no ids"
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = ["--config", "recipes/configs/cdpo/tiny-arithmetic.yaml", "--data", str(tmp_path / "pairs.jsonl")]
-    done = launch(CPU, 2, "recipes/dpo.py", *settings, "--output", str(tmp_path / "out"))
+    done = launch(CPU, 2, "recipes/dpo.py", *settings, "--output", str(tmp_path / "out"), timeout=200)
     (line,) = said(done.stderr)
     assert "row 3" in line and "chosen_ids" in line and tracebacks(done.stderr) == 0
     assert first_to_fail(done.stderr)[1] == 2 and not (tmp_path / "out").exists()
@@ -96,7 +99,7 @@ def test_a_recipes_bad_row_is_said_once(tmp_path):
 )
 def test_what_nobody_catches_has_one_traceback(tmp_path, kind, last_line):
     save_base(tmp_path / "base")
-    done = launch(CPU, 2, SCRIPT, kind, str(tmp_path / "out"))
+    done = launch(CPU, 2, SCRIPT, kind, str(tmp_path / "out"), timeout=200)
     assert done.returncode != 0 and tracebacks(done.stderr) == 1 and said(done.stderr) == []
     assert done.stderr.count(last_line) == 1
 
@@ -112,7 +115,7 @@ def on_two_machines(*command: str) -> list[subprocess.CompletedProcess]:
         options = ["--config_file", str(CPU), "--num_processes", "2", *where, "--main_process_port", port]
         return subprocess.run(
             [sys.executable, "-m", "accelerate.commands.launch", *options, *command],
-            env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=120,
+            env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=200,
         )  # fmt: skip
 
     with ThreadPoolExecutor(2) as pool:
@@ -130,3 +133,19 @@ def test_another_machine_ends_too(tmp_path, kind, message):
     assert said(first.stderr) == [] and tracebacks(first.stderr) == 0
     (line,) = said(second.stderr)
     assert message in line and tracebacks(second.stderr) == 0 and first_to_fail(second.stderr) == (1, 2)
+
+
+class BadRow:
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> dict:
+        raise RecordError(f"row {index}: bad")
+
+
+def test_a_row_that_a_loaders_worker_reads_is_said_in_one_line(capsys):
+    with pytest.raises(RecordError, match="Traceback") as caught:
+        next(iter(DataLoader(BadRow(), num_workers=1)))
+    with pytest.raises(SystemExit) as left:
+        leave(caught.value)
+    assert (left.value.code, capsys.readouterr().err) == (2, "align: row 0: bad\n")
