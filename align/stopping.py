@@ -29,6 +29,9 @@ STOPPED = "stopped"
 #: themselves; and who stopped, to end its group, which may wait for ever, and what else is done at exit.
 EVERY, HEARING, GRACE, OWN_GRACE = 1.0, 5.0, 10.0, 60.0
 
+#: Seconds in which the store has to answer.
+ANSWER = 30.0
+
 #: What a store raises that is gone, with the process or the launcher that held it.
 LOST = (RuntimeError, OSError)
 
@@ -138,7 +141,7 @@ def _connect() -> Launch | None:
         held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         there = all(name in os.environ for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
         if there and (held or torch.distributed.is_initialized()):
-            found = torch.distributed.rendezvous("env://", timeout=timedelta(seconds=30))
+            found = torch.distributed.rendezvous("env://", timeout=timedelta(seconds=ANSWER))
             store, process, processes = next(found)
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             _launch = Launch(torch.distributed.PrefixStore(f"align/{attempt}", store), process, processes)

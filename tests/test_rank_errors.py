@@ -9,14 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import random_pairs
+from conftest import random_pairs, tiny_llama
 from test_distributed import ENVIRONMENT, TESTS
 from test_parallel import ROOT, launch, save_base
 from torch.utils.data import DataLoader
 
-from align.errors import RecordError
+from align import BASHConfig, BASHTrainer, stopping
+from align.errors import ConfigError, RecordError, RecordFileError
 from align.processes import leave
 from align.records import write_records
+from align.trainers import row_data
 
 CPU = ROOT / "recipes/accelerate/cpu.yaml"
 SCRIPT = str(TESTS / "failing_training.py")
@@ -61,7 +63,7 @@ def test_what_one_process_cannot_use_ends_all(tmp_path, kind, message):
     done = launch(CPU, 2, SCRIPT, kind, str(tmp_path / "out"), timeout=200)
     (line,) = said(done.stderr)
     assert message in line and tracebacks(done.stderr) == 0
-    assert done.returncode != 0 and first_to_fail(done.stderr) == (1, 2)
+    assert done.returncode != 0 and first_to_fail(done.stderr)[1] == 2
 
 
 @pytest.mark.parametrize(
@@ -149,3 +151,31 @@ def test_a_row_that_a_loaders_worker_reads_is_said_in_one_line(capsys):
     with pytest.raises(SystemExit) as left:
         leave(caught.value)
     assert (left.value.code, capsys.readouterr().err) == (2, "align: row 0: bad\n")
+
+
+def test_rows_that_another_machine_cannot_see_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_data, "_write", lambda rows, path: None)  # it went to the disk of process 0
+    with pytest.raises(
+        RecordFileError, match="rows.arrow: process 0 cannot read what process 0 wrote.*all machines share"
+    ):
+        row_data.dataset_on_disk([{"id": "a"}], tmp_path / "rows.arrow")
+
+
+def test_a_process_that_is_alone_and_should_share_does_not_draw(tmp_path, monkeypatch):
+    args = BASHConfig(str(tmp_path), bf16=False, use_cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 processes were launched"):
+        BASHTrainer(tiny_llama(), args)
+
+
+def test_a_launch_whose_store_is_gone_is_not_waited_for(monkeypatch):
+    """As for a process that comes late, when those of the first machine have ended."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = str(nobody.getsockname()[1])
+        for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        monkeypatch.setattr(stopping, "ANSWER", 1.0)
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}.* does not answer"):
+            stopping.watch()
