@@ -57,7 +57,7 @@ def collator() -> None:
 def stream() -> None:
     """Rows that the first process reads, for all; the others wait for its share."""
     rows = random_pairs(40, columns=COLUMNS)
-    rows[30]["rejected_ce_scores"] = [0.5] * 99
+    rows[10]["rejected_ce_scores"] = [0.5] * 99
     cdpo(IterableDataset.from_generator(lambda: iter(rows))).train()
 
 

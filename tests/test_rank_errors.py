@@ -70,7 +70,7 @@ def test_what_one_process_cannot_use_ends_all(tmp_path, kind, message):
     "kind, message",
     [
         pytest.param("held_out", "row 3", marks=pytest.mark.slow),
-        pytest.param("stream", "row 30", marks=pytest.mark.slow),
+        pytest.param("stream", "row 10", marks=pytest.mark.slow),
     ],
 )
 def test_what_no_process_can_use_is_said_once(tmp_path, kind, message):
