@@ -17,6 +17,7 @@ from .errors import ConfigError, EngineError, ModelLoadError
 from .processes import launched_processes
 from .safety import check_folder
 from .sample import Draws, Engine, SampleConfig, TransformersEngine, cut_at_end, derived_seed, with_own_ends
+from .stopping import watch
 from .vllm_adapter import adapter_rank
 
 if TYPE_CHECKING:
@@ -127,6 +128,8 @@ def open_engine(config: EngineConfig, model: Mapping[str, Any], tokenizer: PreTr
     """
     from .models import load_model
 
+    if launched_processes() > 1:
+        watch()  # the start of another process's engine may fail while this one's still loads
     config.check_model(model)
     if config.name == "transformers":
         return TransformersEngine(load_model(**model), tokenizer)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from .errors import AlignError, ConfigError, ElsewhereError
+from .stopping import stop, watch
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -32,6 +33,8 @@ def process_state() -> PartialState:
     from accelerate import PartialState
 
     launched = launched_processes()
+    if launched > 1:
+        watch()  # before the group, which is waited for
     cpu = (
         os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available()
     )
@@ -87,12 +90,15 @@ def launched_with_deepspeed() -> bool:
 
 
 def check_group(processes: int) -> None:
-    """Raises a ConfigError where a process would do everything alone that it was launched to share."""
+    """Raises a ConfigError where a process would do everything alone that it was launched to share; one that shares ends when
+    another one fails."""
     if processes != launched_processes():
         raise ConfigError(
             f"{launched_processes()} processes were launched, but they form groups of {processes}: each would do all of "
             "the work. On the CPU, set use_cpu=True and let nothing ask accelerate for its state before the trainer is made"
         )
+    if processes > 1:
+        watch()
 
 
 @contextmanager
@@ -121,7 +127,10 @@ def together(process: PartialState) -> Iterator[None]:
 
 
 def leave(error: AlignError) -> NoReturn:
-    """Ends this process with one line on stderr and exit code 2; with the code alone where another one says why."""
-    if not isinstance(error, ElsewhereError):
-        print(f"align: {error}", file=sys.stderr, flush=True)
+    """Ends this process with one line on stderr and exit code 2; with the code alone where another process says why, of itself
+    or of all. Those that wait for this one end, too."""
+    elsewhere = isinstance(error, ElsewhereError)
+    # A worker of a DataLoader hands an error over with its traceback in front of it.
+    text = str(error).rpartition(f"{type(error).__module__}.{type(error).__name__}: ")[2].strip()
+    stop(None if elsewhere else lambda: print(f"align: {text}", file=sys.stderr, flush=True))
     sys.exit(2)

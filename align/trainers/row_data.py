@@ -14,7 +14,7 @@ import pyarrow.compute
 from datasets import Dataset
 
 from ..atomic import atomic_path
-from ..errors import RecordError
+from ..errors import RecordError, RecordFileError
 from ..processes import process_state, together
 from ..records import Record
 
@@ -29,13 +29,19 @@ def dataset_on_disk(rows: Sequence[Record], path: Path) -> Dataset:
 
     Raises:
         RecordError: a column whose values have no common type.
-        RecordFileError: `path` cannot be written.
+        RecordFileError: `path` cannot be written, or another process cannot read it.
     """
     process = process_state()
     with together(process):
         if process.is_main_process:
             _write(rows, path)
-    return Dataset.from_file(str(path))
+    try:
+        return Dataset.from_file(str(path))
+    except (OSError, pyarrow.ArrowException) as error:
+        raise RecordFileError(
+            f"{path}: process {process.process_index} cannot read what process 0 wrote there ({error}); give an output folder that "
+            "all machines share"
+        ) from error
 
 
 def _write(rows: Sequence[Record], path: Path) -> None:

@@ -23,6 +23,7 @@ from ..contexts import MixedRow, OwnTokens, draw_contexts, mixed_row
 from ..errors import ConfigError, RecordError, RecordFileError
 from ..mix import IGNORED, Example, epsilon_at
 from ..models import keep_trainable
+from ..processes import check_group
 from ..rac import CorrectionSettings, draw_corrections
 from ..records import Record, read_records, write_records
 from ..safety import no_pickles
@@ -141,6 +142,7 @@ class SelfGeneratedTrainer(FiniteGuard, SFTTrainer, ABC):
             raise ConfigError(
                 f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(args).__name__}"
             )
+        check_group(args.world_size)
         with no_pickles(model):
             super().__init__(model, args=args, **kwargs)
         keep_trainable(self.model)  # contexts are drawn in eval mode
