@@ -335,6 +335,6 @@ def test_what_is_refused(tmp_path, tokenizer):
         BASHTrainer(tiny_llama(), args=SFTConfig(str(tmp_path), bf16=False), train_dataset=demonstrations())
     text = Dataset.from_list([{"text": "all of it is learned"}])
     trainer = make("rac", tmp_path, tokenizer, data=text, completion_only_loss=False)
-    with pytest.raises(RecordError, match="update 0, row 0: RAC corrects one answer to one prompt"):
+    with pytest.raises(RecordError, match="row 0: RAC corrects one answer to one prompt"):
         trainer.train()
     make("bash", tmp_path, tokenizer, data=text, completion_only_loss=False, max_steps=1).train()
