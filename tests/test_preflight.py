@@ -95,7 +95,7 @@ def test_the_longest_batch_comes_first_and_is_counted(tmp_path, tokenizer, share
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 @pytest.mark.parametrize("most", [None, 16])
-def test_sizes_are_those_of_the_layouts(tmp_path, mode, most):
+def test_sizes_are_those_of_the_layouts(mode, most):
     pairs = [p for p in random_pairs(64, seed=3) if mode == "keep_end" or most is None or len(p["prompt_ids"]) < most]
     for pair in pairs[::3]:  # cut by the same number
         pair["rejected_ids"] = pair["chosen_ids"][::-1]
@@ -106,7 +106,7 @@ def test_sizes_are_those_of_the_layouts(tmp_path, mode, most):
             rows = [truncate(pair["prompt_ids"] + pair[f"{s}_ids"], most, mode) for s in ("chosen", "rejected")]
             # What is left of the prompt in both, since a layout goes by the labels.
             left = min(len(row) - len(pair[f"{s}_ids"]) for s, row in zip(("chosen", "rejected"), rows, strict=True))
-            sizes.append(layout.size(*rows, max(left, 0)))
+            sizes.append(layout.size(*rows, len(pair["prompt_ids"]) if mode == "keep_start" else max(left, 0)))
         assert pair_sizes(found, most, mode, layout.shares).tolist() == sizes
 
 
@@ -151,7 +151,11 @@ def run(tmp_path, tokenizer, model_dir, preflight, **settings):
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     # Numbers that a forward pass moves.
     model.model.norm.register_buffer("steps", torch.zeros(1))
-    model.model.norm.register_forward_hook(lambda module, *_: module.steps.add_(1) if module.training else None)
+
+    def count(module, *_):
+        module.steps.add_(int(module.training))
+
+    model.model.norm.register_forward_hook(count)
     trainer = trainer_of(tmp_path / str(preflight), tokenizer, model=model, preflight=preflight, **settings)
     watch = Watch()
     trainer.add_callback(watch)
@@ -171,7 +175,7 @@ def run(tmp_path, tokenizer, model_dir, preflight, **settings):
         {"dropout": 0.5, "disable_dropout": False, "gradient_accumulation_steps": 2},
         {"max_tokens_per_batch": 30, "dropout": 0.5, "disable_dropout": False},
         {"lora": False, "max_tokens_per_batch": 30, "gradient_accumulation_steps": 2},
-        {"lora": False, "precompute_ref_log_probs": True, "logging_steps": 2},
+        {"lora": False, "precompute_ref_log_probs": True, "cache_reference": False, "logging_steps": 2},
     ],
     ids=str,
 )

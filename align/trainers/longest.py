@@ -104,7 +104,8 @@ def fullest_pass(sizes: Sequence[int], count: int, most: int, slots: Callable[[S
         most: tokens that several pairs may have together.
         slots: tokens, padding included, of a pass of pairs of some sizes.
     """
-    starts = [0, *(i for i in range(1, len(sizes)) if sizes[i] != sizes[i - 1])]
+    last = len(sizes) - 1
+    starts = [i for i in range(len(sizes)) if i in (0, last) or sizes[i] != sizes[i - 1] or sizes[i] != sizes[i + 1]]
     best, place = 0, (0, 0)
     for start in starts[:: -(-len(starts) // STARTS)]:
         end = start + 1
