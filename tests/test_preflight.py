@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from align import CDPOConfig, CDPOTrainer
 from align.errors import AlignError, DeviceMemoryError, NonFiniteError
-from align.rac import CorrectionSettings, longest_correction
 from align.run_folder import read_run
 from align.run_report import inspect_run
 from align.tokens import truncate
@@ -341,27 +340,6 @@ def test_contexts_are_as_long_as_they_can_get(tmp_path, tokenizer, kind):
     assert [len(row) for row in real_rows(first)] == [row["tokens"][0] for row in wanted]
     if kind == "bash":
         assert real_rows(first) == [data[i]["input_ids"] for i in order]
-
-
-@pytest.mark.parametrize(
-    "settings, tokens",
-    [
-        ({}, 2 + 10 + 3 + 4), ({"max_length": 15}, 15), ({"max_length": 8}, 8), ({"prefix_fraction": (0.0, 0.5)}, 2 + 5 + 3 + 4),
-        ({"prefix_fraction": (0.0, 0.0)}, 2 + 10 + 1), ({"prefix_fraction": (0.0, 0.0), "keep_correct_share": 0.0}, 2 + 3 + 4),
-        ({"prefix_fraction": (0.0, 0.0), "max_length": 12}, 2 + 3 + 4),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_the_longest_correction(settings, tokens):
-    """A prompt of 2 tokens, up to 10 of its own, a cue of 3, a reference of 4; or one that is right, and its end."""
-    from align.mix import IGNORED, Example
-
-    settings = CorrectionSettings(**{"max_new_tokens": 10, "cue": "abc"} | settings)
-    found = longest_correction(
-        lambda text, **_: {"input_ids": [ord(c) for c in text]},
-        Example([1, 2, 3, 4, 5, 0], [IGNORED] * 2 + [3, 4, 5, 0]), "row 0", settings,
-    )  # fmt: skip
-    assert len(found.input_ids) == len(found.labels) == tokens
 
 
 def test_where_it_cannot_be_done_that_is_said(tmp_path, tokenizer):
