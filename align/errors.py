@@ -39,6 +39,10 @@ class NonFiniteError(AlignError, ArithmeticError):
     """A loss or gradient of a training is infinite or no number."""
 
 
+class DeviceMemoryError(AlignError, MemoryError):
+    """A batch that a training will meet does not fit into memory."""
+
+
 class EngineError(AlignError, RuntimeError):
     """An engine or server that draws completions cannot be used, or gives what is no completion of its prompt."""
 

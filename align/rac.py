@@ -3,6 +3,7 @@ arXiv 2410.14655)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -132,8 +133,7 @@ def draw_corrections(
             if ids
         ]
         generated = {i: (ids, same) for i, ids, same in gather(judged)}
-    cue_ids = list(tokenizer(settings.cue, add_special_tokens=False)["input_ids"]) if settings.cue else []
-    rows = []
+    cue_ids, rows = _cue_ids(tokenizer, settings), []
     for index, ((prompt, reference), (step, place)) in enumerate(zip(halves, keys, strict=True)):
         full, matches = generated.get(index, ([], False))
         ended = bool(full) and full[-1] in ends
@@ -154,6 +154,33 @@ def draw_corrections(
         )  # fmt: skip
     names = ("own_tokens", "ended", "matches", "kept")
     return Corrections(rows, {name: fmean(float(row[name]) for row in rows) for name in names} if rows else {})
+
+
+def longest_correction(
+    tokenizer: PreTrainedTokenizerBase, source: Example, name: str, settings: CorrectionSettings
+) -> Example:
+    """An example as long as any that `draw_corrections` can make of a source, but for what a chat template puts behind an
+    end token; in place of own tokens it has the prompt's last.
+
+    Args:
+        name: of the source, for messages.
+
+    Raises:
+        RecordError: see `split_source`.
+    """
+    prompt, reference = split_source(source, name)
+    own = [prompt[-1]] * settings.max_new_tokens
+    most = math.floor(settings.prefix_fraction[1] * len(own))
+    corrected = correction(prompt, own, most, _cue_ids(tokenizer, settings), reference, settings.max_length)
+    kept = confirmation(prompt, own, reference[-1:])
+    # One that does not fit is corrected.
+    fits = settings.max_length is None or len(kept.input_ids) <= settings.max_length
+    longer = fits and settings.keep_correct_share > 0 and len(kept.input_ids) > len(corrected.input_ids)
+    return kept if longer else corrected
+
+
+def _cue_ids(tokenizer: PreTrainedTokenizerBase, settings: CorrectionSettings) -> list[int]:
+    return list(tokenizer(settings.cue, add_special_tokens=False)["input_ids"]) if settings.cue else []
 
 
 def _generate(

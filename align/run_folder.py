@@ -69,6 +69,8 @@ class Training:
     series: dict[str, list[tuple[int, float]]]
     not_finite: dict[str, int]
     totals: dict[str, float]
+    #: What its preflight found, in one line.
+    preflight: str = ""
 
 
 @dataclass
@@ -233,9 +235,14 @@ def _add_training(run: Run, name: str, states: Sequence[str], state: str) -> Non
             continue
         series, not_finite, totals = _series(history)
         steps, most = _number(found.get("global_step")), _number(found.get("max_steps"))
+        file = f"{name}{'' if state == 'finished' else TRAINING}/preflight.json"
+        preflight = (_json(run, file) or {}).get("summary") if (run.folder / file).is_file() else ""
         run.trainings.append(
-            Training(name, state, int(steps or 0), int(most) if most else None, series, not_finite, totals)
-        )
+            Training(
+                name, state, int(steps or 0), int(most) if most else None, series, not_finite, totals,
+                preflight[:1000] if isinstance(preflight, str) else "",
+            )
+        )  # fmt: skip
         return
     if state != "finished" and not states:
         run.problems.append(f"{name}: its training has no checkpoint yet, so there is nothing to draw of it")

@@ -131,6 +131,7 @@ def train(method: str, folder: Path, pairs: Path, out: Path, max_tokens: int | N
         "per_device_train_batch_size": 8,
         "max_tokens_per_batch": max_tokens,
         "check_reference": True,
+        "preflight": False,
     }
     try:
         train_preference(method, {"path": str(folder), "dtype": "float32"}, rows, out, args=args, lora={"r": 2})

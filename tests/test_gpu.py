@@ -1,5 +1,8 @@
 """On CUDA: the shared layout against padded rows, under both kinds of attention, in bfloat16 and on a 4-bit base."""
 
+import gc
+import json
+
 import pytest
 import torch
 from conftest import random_pairs, tiny_llama
@@ -8,6 +11,7 @@ from peft import LoraConfig
 from test_token_dpo import LORA, assert_close, batch_loss, options
 
 from align import CDPOConfig, CDPOTrainer
+from align.errors import DeviceMemoryError
 from align.models import load_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -71,3 +75,52 @@ def test_memory_keeps_to_the_budget(tmp_path, tokenizer):
         peaks.append(torch.cuda.max_memory_allocated())
         del trainer
     assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_a_preflight_measures_what_the_training_takes(tmp_path, tokenizer):
+    """As much as the longest batch of the training itself, whose optimizer has its states by then; and its weights, to the
+    last bit. No other test covers what CUDA counts."""
+    pairs, found = random_pairs(16, columns=("ce_scores",)), []
+    for preflight in (True, False):
+        # All pairs in every batch: the second step meets the longest with all states there.
+        args = CDPOConfig(
+            **options(
+                tmp_path,
+                use_cpu=False,
+                per_device_train_batch_size=16,
+                max_steps=3,
+                preflight=preflight,
+                disable_dropout=False,
+            )
+        )
+        trainer = CDPOTrainer(
+            tiny_llama(hidden_size=256, intermediate_size=4096), args=args, train_dataset=Dataset.from_list(pairs),
+            processing_class=tokenizer, peft_config=LoraConfig(**LORA, lora_dropout=0.5),
+        )  # fmt: skip
+        torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+        found.append({name: value.cpu() for name, value in trainer.model.state_dict().items()})
+        peak = torch.cuda.max_memory_allocated()
+        del trainer
+        gc.collect()
+    (memory,) = json.loads((tmp_path / "preflight.json").read_text())["memory"]
+    assert memory["before"] < memory["peak"] <= memory["reserved"] <= memory["total"]
+    assert memory["peak"] == pytest.approx(peak, rel=0.2)
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_a_batch_that_a_device_cannot_hold_is_named(tmp_path, tokenizer):
+    args = CDPOConfig(**options(tmp_path, use_cpu=False, max_steps=3))
+    trainer = CDPOTrainer(
+        tiny_llama(), args=args, train_dataset=Dataset.from_list(random_pairs(8, columns=("ce_scores",))),
+        processing_class=tokenizer, peft_config=LoraConfig(**LORA),
+    )  # fmt: skip
+
+    def take(*_):
+        torch.empty(2 * torch.cuda.get_device_properties(0).total_memory, dtype=torch.uint8, device="cuda")
+
+    trainer.model.get_base_model().get_input_embeddings().register_forward_pre_hook(take)
+    before = torch.cuda.memory_allocated()
+    with pytest.raises(DeviceMemoryError, match="does not fit into memory: p.*out of memory.*max_tokens_per_batch"):
+        trainer.train()
+    assert torch.cuda.memory_allocated() <= 1.1 * before

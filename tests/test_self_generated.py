@@ -15,7 +15,8 @@ from trl import SFTConfig, SFTTrainer
 from align import BASHConfig, BASHTrainer, RACConfig, RACTrainer
 from align.contexts import OwnTokens, draw_contexts, mixed_row
 from align.errors import ConfigError, RecordError
-from align.mix import IGNORED
+from align.mix import IGNORED, Example
+from align.rac import CorrectionSettings, longest_correction
 from align.records import read_records
 
 OPTIONS = {
@@ -335,6 +336,25 @@ def test_what_is_refused(tmp_path, tokenizer):
         BASHTrainer(tiny_llama(), args=SFTConfig(str(tmp_path), bf16=False), train_dataset=demonstrations())
     text = Dataset.from_list([{"text": "all of it is learned"}])
     trainer = make("rac", tmp_path, tokenizer, data=text, completion_only_loss=False)
-    with pytest.raises(RecordError, match="update 0, row 0: RAC corrects one answer to one prompt"):
+    with pytest.raises(RecordError, match="row 0: RAC corrects one answer to one prompt"):
         trainer.train()
     make("bash", tmp_path, tokenizer, data=text, completion_only_loss=False, max_steps=1).train()
+
+
+@pytest.mark.parametrize(
+    "settings, tokens",
+    [
+        ({}, 2 + 10 + 3 + 4), ({"max_length": 15}, 15), ({"max_length": 8}, 8), ({"prefix_fraction": (0.0, 0.5)}, 2 + 5 + 3 + 4),
+        ({"prefix_fraction": (0.0, 0.0)}, 2 + 10 + 1), ({"prefix_fraction": (0.0, 0.0), "keep_correct_share": 0.0}, 2 + 3 + 4),
+        ({"prefix_fraction": (0.0, 0.0), "max_length": 12}, 2 + 3 + 4),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_longest_correction(settings, tokens):
+    """A prompt of 2 tokens, up to 10 of its own, a cue of 3, a reference of 4; or one that is right, and its end."""
+    settings = CorrectionSettings(**{"max_new_tokens": 10, "cue": "abc"} | settings)
+    found = longest_correction(
+        lambda text, **_: {"input_ids": [ord(c) for c in text]},
+        Example([1, 2, 3, 4, 5, 0], [IGNORED] * 2 + [3, 4, 5, 0]), "row 0", settings,
+    )  # fmt: skip
+    assert len(found.input_ids) == len(found.labels) == tokens

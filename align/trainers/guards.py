@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,13 @@ class FiniteGuard(ResumesAtTheEnd):
             grads = {name: safe_get_local_grad(p) for name, p in named if p.requires_grad}
         return {name: grad for name, grad in grads.items() if grad is not None}
 
-    def check_update(self) -> None:
-        """Raises a NonFiniteError where a loss or gradient since the last call is not finite, here or in another process."""
+    def check_update(self, when: str = "", names: Sequence[str] = ()) -> None:
+        """Raises a NonFiniteError where a loss or gradient since the last call is not finite, here or in another process.
+
+        Args:
+            when: what the message puts before the step's number.
+            names: of the rows; by default looked up by their tokens.
+        """
         update, self._update = self._update, []
         state = self.accelerator
         grads = self._gradients()
@@ -108,14 +113,14 @@ class FiniteGuard(ResumesAtTheEnd):
                 json.dumps({"step": self.state.global_step + 1, "processes": parts}, indent=1, ensure_ascii=False)
             )
         rows = [row for part in parts for batch in part["micro_batches"] for row in batch["rows"]]
-        names = list(dict.fromkeys(name for row in rows for name in row["ids"]))
+        names = list(names) or list(dict.fromkeys(name for row in rows for name in row["ids"]))
         bad = list(dict.fromkeys(name for row in rows if row.get("finite") is False for name in row["ids"]))
         losses = [batch["loss"] for part in parts for batch in part["micro_batches"]]
         gradients = list(dict.fromkeys(name for part in parts for name in part["parameters"]))
         what = f"losses {', '.join(map(str, losses))}" + (f" (by {', '.join(bad[:8])})" if bad else "")
         what += f", gradient of {gradients[0]}" if gradients else ""
         raise NonFiniteError(
-            f"step {self.state.global_step + 1}: not finite: {what}; weights are as they were before it. Rows of the update: "
+            f"{when}step {self.state.global_step + 1}: not finite: {what}; weights are as they were before it. Rows of the update: "
             f"{', '.join(names[:8]) or len(rows)}{' …' if len(names) > 8 else ''}, all in {path}. Look at those rows, or lower the "
             "learning rate if the loss had been rising"
         )

@@ -13,7 +13,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ..lm_head import add_token_head, knows_head
 from ..logps import batches_by_length, configured_not_to_share, keep_pages
-from ..packing import IGNORED, PairLayout, group_pairs, lay_out_pairs, pair_slots, prompt_length
+from ..packing import IGNORED, PairLayout, group_pairs, lay_out_pairs, layout_slots, pair_slots, prompt_length
 from ..prefix_tree import additive
 from .token_budget import FIELDS
 
@@ -48,6 +48,10 @@ class PaddedRows:
     def size(self, chosen: Sequence[int], rejected: Sequence[int], prompt: int) -> int:
         """Tokens that a pair of rows takes, `prompt` tokens and a completion each."""
         return 2 * max(len(chosen), len(rejected))
+
+    def slots(self, sizes: Sequence[int], on_cpu: bool) -> int:
+        """Tokens, padding included, of a pass of pairs of these sizes."""
+        return len(sizes) * max(sizes)
 
     def groups(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> list[list[int]]:
         """Pairs of a batch that a budget of `most` tokens allows together."""
@@ -101,6 +105,10 @@ class PrefixSharing:
     def size(self, chosen: Sequence[int], rejected: Sequence[int], prompt: int) -> int:
         """Slots that a pair of rows takes, `prompt` tokens and a completion each."""
         return pair_slots(chosen, rejected, prompt)
+
+    def slots(self, sizes: Sequence[int], on_cpu: bool) -> int:
+        """Slots, padding included, of a pass of pairs of these sizes."""
+        return layout_slots(sizes, **self._shape(on_cpu))
 
     def groups(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> list[list[int]]:
         """Pairs of a batch that a budget of `most` slots allows together."""

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy
 from accelerate.utils import broadcast_object_list, gather_object
 from trl import SFTConfig, SFTTrainer
 
@@ -24,10 +25,12 @@ from ..errors import ConfigError, RecordError, RecordFileError
 from ..mix import IGNORED, Example, epsilon_at
 from ..models import keep_trainable
 from ..processes import check_group
-from ..rac import CorrectionSettings, draw_corrections
+from ..rac import CorrectionSettings, draw_corrections, longest_correction
 from ..records import Record, read_records, write_records
 from ..safety import no_pickles
-from .guards import FiniteGuard
+from .longest import LongestBatch, collate, row_id
+from .preflight import Preflight
+from .row_data import lengths_of
 
 #: In a checkpoint's folder: contexts that are drawn and not yet trained on.
 CONTEXTS_FILE = "contexts.jsonl"
@@ -42,11 +45,14 @@ class SelfGeneratedConfig(SFTConfig):
         generation_tokens: budget of a batch that is drawn, padding included.
         contexts_limit: windows whose contexts are kept in `output_dir/contexts`, to be looked at; `None` keeps all, 0 none. A
             checkpoint holds those that it needs to go on.
+        preflight: whether the longest batch, with contexts as long as they can get, has a forward and backward pass before the
+            first step; see [`~align.trainers.preflight.Preflight`]. Drawing keeps to `generation_tokens` and is not tried.
     """
 
     refresh_steps: int = field(default=16, metadata={"help": "Updates whose contexts are drawn at once."})
     generation_tokens: int = field(default=16384, metadata={"help": "Token budget of a batch that is drawn."})
     contexts_limit: int | None = field(default=2, metadata={"help": "Windows kept in output_dir/contexts."})
+    preflight: bool = field(default=True, metadata={"help": "Take the longest batch once before the first step."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,7 +136,7 @@ class Place:
     source: Example
 
 
-class SelfGeneratedTrainer(FiniteGuard, SFTTrainer, ABC):
+class SelfGeneratedTrainer(Preflight, SFTTrainer, ABC):
     """Reads ahead, has contexts drawn, stores them; subclasses say how in `draw`."""
 
     config_class = SelfGeneratedConfig
@@ -163,6 +169,21 @@ class SelfGeneratedTrainer(FiniteGuard, SFTTrainer, ABC):
     def draw(self, places: Sequence[Place]) -> list[Record]:
         """Trained-on examples of a window's places, all processes' together: records with `input_ids` and `labels`, and what
         else is worth a look, the same in every process."""
+
+    def longest_example(self, source: Example, name: str) -> Example:
+        """The longest example that can be made of a row's ground truth: here, contexts are as long as it is."""
+        return source
+
+    def longest_batches(self) -> list[LongestBatch]:
+        lengths = lengths_of(self.train_dataset, ("input_ids",))["input_ids"]
+        longest = numpy.argsort(-lengths, kind="stable")[: self._train_batch_size].tolist()
+        rows, inputs = collate(self, longest)
+        names = [row_id(row, place) for row, place in zip(rows, longest, strict=True)]
+        sources = [place.source for place in self._places(self.state.global_step, 0, inputs)]
+        examples = [self.longest_example(source, name) for source, name in zip(sources, names, strict=True)]
+        inputs = self.data_collator([{"input_ids": e.input_ids, "labels": e.labels} for e in examples])
+        found = [{"id": name, "tokens": [len(e.input_ids)]} for name, e in zip(names, examples, strict=True)]
+        return [LongestBatch(inputs, found)]
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, Any]:
         if epoch_iterator is not self._iterator:
@@ -309,6 +330,9 @@ class RACTrainer(SelfGeneratedTrainer):
     alone (Cen et al., TMLR 2025, arXiv 2410.14655). An empty cue and `prefix_fraction=(0, 0)` is TRL's `SFTTrainer`."""
 
     config_class = RACConfig
+
+    def longest_example(self, source: Example, name: str) -> Example:
+        return longest_correction(self._tokenizer, source, name, self.args.corrections())
 
     def draw(self, places: Sequence[Place]) -> list[Record]:
         drawn = draw_corrections(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import RandomSampler, Sampler
+from transformers import Trainer
 from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -104,6 +105,25 @@ def put_together(parts: Sequence[Part], rows: int, width: int) -> dict[str, torc
     return whole
 
 
+@contextmanager
+def metrics_aside(trainer: Trainer) -> Iterator[None]:
+    """Lets the metrics of TRL's trainers go nowhere. Nothing is gathered for them: other processes have other passes."""
+    accelerator = trainer.accelerator
+    kept = trainer._metrics, trainer._total_train_tokens
+    gathers = {name: vars(accelerator).get(name) for name in ("gather", "gather_for_metrics")}
+    trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+    accelerator.gather = accelerator.gather_for_metrics = lambda numbers: numbers
+    try:
+        yield
+    finally:
+        trainer._metrics, trainer._total_train_tokens = kept
+        for name, gather in gathers.items():
+            if gather is None:
+                delattr(accelerator, name)
+            else:  # within another's
+                setattr(accelerator, name, gather)
+
+
 class TokenBudget(DPOTrainer):
     """The half of `TokenDPOTrainer` that honours `max_tokens_per_batch`.
 
@@ -145,7 +165,7 @@ class TokenBudget(DPOTrainer):
             last = number == len(parts) - 1
             self._part = part
             try:
-                with nullcontext() if last else self.accelerator.no_sync(model), self._metrics_aside():
+                with nullcontext() if last else self.accelerator.no_sync(model), metrics_aside(self):
                     losses.append(super().training_step(model, take(inputs, part), num_items_in_batch))
             finally:
                 self._part = None
@@ -206,15 +226,3 @@ class TokenBudget(DPOTrainer):
             share = sum(chosen[i] for i in group) / max(sum(chosen), 1)
             parts.append(Part(group, columns, len(group) / count, share))
         return parts
-
-    @contextmanager
-    def _metrics_aside(self) -> Iterator[None]:
-        """Lets TRL's metrics of a part go nowhere. Nothing is gathered for them: other processes have other parts."""
-        kept = self._metrics, self._total_train_tokens
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self.accelerator.gather = self.accelerator.gather_for_metrics = lambda numbers: numbers
-        try:
-            yield
-        finally:
-            self._metrics, self._total_train_tokens = kept
-            del self.accelerator.gather, self.accelerator.gather_for_metrics

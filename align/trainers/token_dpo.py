@@ -20,9 +20,10 @@ from ..models import keep_trainable, load_tokenizer, vocab_size
 from ..processes import check_group
 from ..safety import no_pickles
 from ..tokens import label_values, pad_rows, shift_to_labels, truncate
-from .guards import FiniteGuard
+from .longest import LongestBatch, longest_pairs
 from .preference_data import SIDES, has_reference, prepare_preference_dataset
 from .prefix_sharing import PaddedRows, PrefixSharing, layout_of
+from .preflight import Preflight
 from .reference_check import check_reference_columns
 from .sharding import check_sharding
 from .token_budget import FIELDS, TokenBudget
@@ -31,7 +32,7 @@ from .token_reference import PREFIX, TokenReference
 
 @dataclass
 class TokenDPOConfig(DPOConfig):
-    """[`~trl.DPOConfig`] with four new fields. `use_weighting` and the loss type `aot` are refused: they are no functions
+    """[`~trl.DPOConfig`] with five new fields. `use_weighting` and the loss type `aot` are refused: they are no functions
     of the sequence log-ratios that the weights change.
 
     Args:
@@ -49,6 +50,9 @@ class TokenDPOConfig(DPOConfig):
             the number of pairs of a batch, and the loss a mean over them; a batch is done in as many passes as it takes,
             and the first batch has the longest pairs, so that memory runs out at once or never. Without gradients
             (evaluation, reference), passes hold no more either. A longer pair has a pass of its own.
+        preflight (`bool`, defaults to `True`):
+            Whether the longest batch has a forward and backward pass before the first step, so that what does not fit into
+            memory is known at once; see [`~align.trainers.preflight.Preflight`].
     """
 
     check_reference: bool = field(
@@ -69,6 +73,8 @@ class TokenDPOConfig(DPOConfig):
         default=None,
         metadata={"help": "Tokens of a forward and backward pass; a batch is done in as many as it takes."},
     )
+
+    preflight: bool = field(default=True, metadata={"help": "Take the longest batch once before the first step."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,7 +153,7 @@ class _TokenWeightedModel:
         return outputs
 
 
-class TokenDPOTrainer(FiniteGuard, TokenBudget, TokenReference):
+class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
     """DPO with a weight for every token: TRL's Σ_t Δ_t becomes Σ_t w_t Δ_t, and nothing else changes.
 
     The seam is `_compute_loss`: TRL's own runs on a model whose per-token log-probabilities carry the weights, so every
@@ -257,6 +263,9 @@ class TokenDPOTrainer(FiniteGuard, TokenBudget, TokenReference):
         if self.ref_model is None or not self._layout.shares:
             return self._layout
         return layout_of(self, self.ref_model)
+
+    def longest_batches(self) -> list[LongestBatch]:
+        return longest_pairs(self)
 
     def required_columns(self, args: TokenDPOConfig) -> tuple[str, ...]:
         """Token-level columns, prefixed, that every data set must have."""

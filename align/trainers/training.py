@@ -30,6 +30,7 @@ from ..tokens import check_row_ids
 from .cdpo import CDPOTrainer
 from .checkpoints import check_processes, last_whole_checkpoint, mean_loss
 from .guards import FiniteGuard
+from .preflight import FILE as PREFLIGHT
 from .row_data import dataset_on_disk
 from .self_generated import BASHConfig, BASHTrainer, RACConfig, RACTrainer
 from .sharding import check_sharding
@@ -288,6 +289,8 @@ def _train_alone(
         tokenizer.save_pretrained(working / "final")
         if (working / "contexts").is_dir():
             shutil.move(working / "contexts", working / "final" / "contexts")
+        if (working / PREFLIGHT).is_file():
+            shutil.copy(working / PREFLIGHT, working / "final")
         if settings["lora"] is not None:
             write_base_file(working / "final", trainer.model, fingerprint)
         trainer.create_model_card(model_name=out_dir.name)
