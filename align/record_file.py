@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from .errors import RecordFileError
+from .progress import DELAY, watched
 from .records import Record, check_file, check_records, read_jsonl
 
 #: Rows of a batch of a Parquet file's copy: what is read for one row.
@@ -147,6 +148,7 @@ class RecordFile(Rows):
             rows: Iterable[Record] = self._rows.read(self.path)
         else:
             self._rows = rows = _ArrowRows(self.path)
+        rows = watched(rows, f"reading {self.path.name}", delay=DELAY)
         if kind is None:
             for _ in rows:
                 pass
@@ -163,7 +165,7 @@ class RecordFile(Rows):
     @cached_property
     def digest(self) -> str:
         """`digest_of` the rows, computed once."""
-        return digest_of(self)
+        return digest_of(watched(self, f"hashing {self.path.name}", delay=DELAY))
 
 
 class Sorted(Rows):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RecordError
 from ..logps import Row
 from ..models import vocab_size
+from ..progress import DELAY, watched
 from ..records import Record, check_records
 from ..stages import records_hash, run_in_parts
 from ..tokens import check_pair_ids
@@ -82,7 +83,7 @@ def score_stage(
     check_records(pairs, "pair", source="pairs")
     size = vocab_size(model)
     lengths, tokens = array("q"), array("q")
-    for index, pair in enumerate(pairs):
+    for index, pair in enumerate(watched(pairs, f"{stage}: checking", delay=DELAY)):
         check_pair_ids(pair, index, size)
         present = [f"{side}_{column}" for side in SIDES for column in adds if f"{side}_{column}" in pair]
         if present:

@@ -164,7 +164,7 @@ def train_sft(
         return trainer_class(
             base,
             args=config,
-            train_dataset=dataset_on_disk(rows, directory / ROWS_FILE),
+            train_dataset=dataset_on_disk(rows, directory / ROWS_FILE, config.disable_tqdm),
             processing_class=tokenizer,
             peft_config=_lora(lora),
         )
