@@ -28,6 +28,7 @@ from ..rac import CorrectionSettings, draw_corrections
 from ..records import Record, read_records, write_records
 from ..safety import no_pickles
 from .guards import FiniteGuard
+from .trackers import check_trackers
 
 #: In a checkpoint's folder: contexts that are drawn and not yet trained on.
 CONTEXTS_FILE = "contexts.jsonl"
@@ -50,6 +51,7 @@ class SelfGeneratedConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_trackers(self.report_to)
         for name, low in (("refresh_steps", 1), ("generation_tokens", 1), ("contexts_limit", 0)):
             value = getattr(self, name)
             if value is not None and value < low:

@@ -34,6 +34,7 @@ from .row_data import dataset_on_disk
 from .self_generated import BASHConfig, BASHTrainer, RACConfig, RACTrainer
 from .tgdpo import TGDPOTrainer
 from .token_dpo import TokenDPOTrainer
+from .trackers import check_trackers, move_events, run_of_its_own
 
 
 class GuardedSFTTrainer(FiniteGuard, SFTTrainer):
@@ -77,6 +78,7 @@ def _arguments(cls: type, args: Mapping[str, Any], out_dir: Path) -> Any:
         raise ConfigError(f"{', '.join(unknown)}: no field of {cls.__name__}; mend the name or remove it")
     if process_state().device.type == "cpu":
         args = {"use_cpu": True, "dataloader_pin_memory": False, **args}
+    check_trackers(args.get("report_to", "none"))
     return cls(output_dir=str(out_dir), **{"report_to": "none", **args})
 
 
@@ -200,6 +202,7 @@ def train_preference(
     if method not in PREFERENCE_TRAINERS:
         raise ConfigError(f"method {method!r} is unknown; there are {', '.join(PREFERENCE_TRAINERS)}")
     cls = PREFERENCE_TRAINERS[method]
+    check_training(method, out_dir, args, lora)
     if not pairs:
         raise RecordError("there are no pairs to train on")
     weighing = () if method == "dpo" else cls.token_columns
@@ -268,7 +271,8 @@ def _train_alone(
     checkpoint = last_whole_checkpoint(working, trainer.args)
     if checkpoint is not None:
         check_checkpoint(checkpoint, working)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    with run_of_its_own(trainer.args.report_to):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(working / "final"))
     counts = {
         "steps": result.global_step,
@@ -279,6 +283,7 @@ def _train_alone(
         tokenizer.save_pretrained(working / "final")
         if (working / "contexts").is_dir():
             shutil.move(working / "contexts", working / "final" / "contexts")
+        move_events(working, working / "final")
         if settings["lora"] is not None:
             write_base_file(working / "final", trainer.model, fingerprint)
         trainer.create_model_card(model_name=out_dir.name)
@@ -306,6 +311,7 @@ def _tidy(working: Path) -> None:
     final = working / "final"
     if (final / "contexts").is_dir():
         os.replace(final / "contexts", working / "contexts")
+    move_events(final, working)
     if final.exists():
         shutil.rmtree(final)
 
