@@ -69,11 +69,8 @@ def test_one_weight_for_all_tokens_is_said_once_before_training(tmp_path, tokeni
 
 
 def single(rows):
-    """The first token of the first pair alone."""
-    cut = rows[:1]
-    for name in ("chosen_ids", "rejected_ids", "rejected_ce_scores"):
-        cut[0][name] = cut[0][name][:1]
-    return cut
+    """The first pair, with the first token of its rejected side alone."""
+    return [rows[0] | {name: rows[0][name][:1] for name in ("rejected_ids", "rejected_ce_scores")}]
 
 
 QUIET = {
@@ -83,7 +80,7 @@ QUIET = {
     "one side is all 1, as rollouts leave it": (TokenDPOTrainer, pairs(chosen_weights=1, rejected_weights=lambda i, t: t), {}),
     "the scores of chosen tokens are not read": (CDPOTrainer, pairs(chosen_ce_scores=0.5, rejected_ce_scores=lambda i, t: 0.1 * i), {}),
     "DPO on purpose": (TokenDPOTrainer, pairs(), {}),
-    "one token": (CDPOTrainer, single(pairs(rejected_ce_scores=0.5)), {}),
+    "one rejected token": (CDPOTrainer, single(pairs(rejected_ce_scores=0.5)), {}),
     "guidance": (TGDPOTrainer, pairs(**VARYING), {}),
     "only the last row differs": (CDPOTrainer, pairs(300, rejected_ce_scores=lambda i, t: 0.5 + 0.1 * (i == 299)), {}),
 }  # fmt: skip
