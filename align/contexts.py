@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .checks import check_temperature, check_whole
 from .errors import ConfigError
@@ -96,6 +96,7 @@ def draw_contexts(
     *,
     take: Callable[[int], bool] = lambda number: True,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    done: Callable[[int], Any] = lambda count: None,
 ) -> dict[int, list[int]]:
     """The contexts of rows.
 
@@ -104,6 +105,7 @@ def draw_contexts(
         pad_token_id: any id of the vocabulary.
         take: which of the batches, by number, are drawn here; they are the same whoever draws.
         autocast: opened around every forward pass.
+        done: told how many rows are dealt with, batch by batch, those that others draw among them.
 
     Returns:
         Index -> context ids, of the rows in the batches taken; rows without own tokens are in none.
@@ -117,6 +119,7 @@ def draw_contexts(
     batches = batches_by_length([rows[index].last + 1 for index in chosen], most)
     draw = _draw_in_order if config.generation == "autoregressive" else _draw_in_parallel
     drawn: dict[int, list[int]] = {}
+    done(len(rows) - len(chosen))
     was_training = model.training
     model.eval()
     if model.get_input_embeddings().weight.device.type == "cpu":
@@ -128,6 +131,7 @@ def draw_contexts(
                     members = [chosen[i] for i in batch]
                     draw(model, [rows[index] for index in members], config, pad_token_id)
                     drawn |= {index: rows[index].context for index in members}
+                done(len(batch))
     finally:
         model.train(was_training)
     return drawn

@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from .errors import ConfigError, MissingColumnError, RecordError
+from .progress import progress, watched
 from .records import Record, check_records, row_name
 from .verify import canonical_answer
 
@@ -92,26 +93,26 @@ def evaluate_verdicts(verdicts: Sequence[Record], ks: Sequence[int] = ()) -> dic
     if not problems:
         raise RecordError("there are no verdicts to evaluate; run sample and verify first")
 
-    def metric(value) -> dict[str, float]:
-        values = [value(rows) for rows in problems.values()]
-        low, high = interval(values)
-        return {"value": fmean(values), "low": low, "high": high}
-
-    def passed(k: int):
-        return lambda rows: pass_at_k(len(rows), sum(row["correct"] for row in rows), k)
-
+    if any(k < 1 for k in ks):
+        raise ConfigError(f"k = {min(ks)} must be at least 1; pass@k and maj@k are of k completions")
+    values: dict[str, list[float]] = defaultdict(list)
+    with progress(len(verdicts), "evaluate") as bar:
+        for rows in problems.values():
+            correct = sum(row["correct"] for row in rows)
+            values["pass@1"].append(pass_at_k(len(rows), correct, 1))
+            for k in dict.fromkeys(ks):
+                if k > 1:
+                    values[f"pass@{k}"].append(pass_at_k(len(rows), correct, k))
+                    values[f"maj@{k}"].append(majority_at_k(rows, k))
+            bar.update(len(rows))
     result: dict[str, Any] = {
         "n": len(problems),
         "samples": min(map(len, problems.values())),
         "no_answer": fmean(float(row["extracted"] is None) for row in verdicts),
-        "pass@1": metric(passed(1)),
     }
-    if any(k < 1 for k in ks):
-        raise ConfigError(f"k = {min(ks)} must be at least 1; pass@k and maj@k are of k completions")
-    for k in ks:
-        if k > 1:
-            result[f"pass@{k}"] = metric(passed(k))
-            result[f"maj@{k}"] = metric(lambda rows, k=k: majority_at_k(rows, k))
+    for name, those in values.items():
+        low, high = interval(those)
+        result[name] = {"value": fmean(those), "low": low, "high": high}
     return result
 
 
@@ -130,7 +131,7 @@ def preference_accuracy(pairs: Sequence[Record]) -> dict[str, Any]:
     """
     check_records(pairs, "pair", source="pairs")
     values = []
-    for index, row in enumerate(pairs):
+    for index, row in enumerate(watched(pairs, "evaluate pairs")):
         columns = [f"{side}_guidance_logratios" for side in ("chosen", "rejected")]
         if missing := [column for column in columns if row.get(column) is None]:
             raise MissingColumnError(

@@ -13,6 +13,7 @@ from typing import Any
 from .atomic import atomic_path
 from .errors import ConfigError, MissingColumnError, RecordError
 from .locks import locked
+from .progress import watched
 from .records import Record, check_records, row_name
 
 #: What Arena-Hard-Auto's style control counts in an answer, code blocks left out.
@@ -54,7 +55,7 @@ def export_completions(
         raise RecordError("there are no samples to export; run `align sample` first")
     seen: set[str] = set()
     rows = []
-    for index, row in enumerate(samples):
+    for index, row in enumerate(watched(samples, f"export {format_}")):
         if row["id"] in seen:
             raise RecordError(
                 f"samples, {row_name(row, index)}: a second draw of this prompt; judges read one, so sample with --n 1"

@@ -8,6 +8,7 @@ from .atomic import atomic_path
 from .errors import ConfigError, ModelMismatchError
 from .locks import locked
 from .models import load_model, load_tokenizer, model_identity
+from .progress import is_shown
 from .stages import is_complete, write_manifest
 
 
@@ -40,7 +41,7 @@ def merge_adapter(
     if any(config.is_prompt_learning for config in loaded.peft_config.values()):
         raise ModelMismatchError(f"adapter {adapter} learns a prompt, which no weights can hold; merge LoRA adapters")
     with locked(out), atomic_path(out) as temporary:
-        loaded.merge_and_unload().save_pretrained(temporary)
+        loaded.merge_and_unload(progressbar=is_shown()).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         if out.exists():
             out.rmdir()  # or the manifest would speak of an empty folder

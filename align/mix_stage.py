@@ -116,8 +116,10 @@ def _run(
     for index, row in enumerate(demonstrations):
         check_row_ids(row, index, ("prompt_ids", "completion_ids"), vocab_size(model))
 
-    def compute(_number: int, first: int) -> list[Record]:
-        rows = demonstrations[first : first + PART]
+    parts = [range(first, min(first + PART, len(demonstrations))) for first in range(0, len(demonstrations), PART)]
+
+    def compute(_number: int, part: range) -> list[Record]:
+        rows = demonstrations[part.start : part.stop]
         sources = [
             Example(
                 [*row["prompt_ids"], *row["completion_ids"]], [IGNORED] * len(row["prompt_ids"]) + row["completion_ids"]
@@ -125,12 +127,12 @@ def _run(
             for row in rows
         ]
         return [
-            {"_row": first + i, "id": row["id"], **new, "source_ids": source.input_ids}
-            for i, (row, source, new) in enumerate(zip(rows, sources, draw(sources, first), strict=True))
+            {"_row": number, "id": row["id"], **new, "source_ids": source.input_ids}
+            for number, row, source, new in zip(part, rows, sources, draw(sources, part.start), strict=True)
         ]
 
     return run_in_parts(
-        out_path, range(0, len(demonstrations), PART), compute, stage=stage,
+        out_path, parts, compute, stage=stage,
         settings=mix_settings(demonstrations, settings), order=lambda row: row.pop("_row"), count=count,
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from .checks import check_apart, check_whole
 from .errors import ConfigError, RecordError
 from .locks import locked
+from .progress import watched
 from .records import Record, check_output, check_records, read_records, write_records
 from .stages import file_hash, forget, is_complete, read_manifest, write_manifest
 from .verify import canonical_answer
@@ -68,7 +69,7 @@ def select_pairs(verdicts: Sequence[Record], config: PairConfig | None = None) -
     )
     by_problem: dict[str, list[Record]] = defaultdict(list)
     prompts: dict[str, list[int]] = {}
-    for row in verdicts:
+    for row in watched(verdicts, "pair"):
         counts["completions"] += 1
         if prompts.setdefault(row["id"], row["prompt_ids"]) != row["prompt_ids"]:
             raise RecordError(

@@ -14,6 +14,7 @@ from .checks import check_whole
 from .errors import ConfigError, RecordError
 from .logps import batches_by_length
 from .mix import IGNORED, Example, confirmation, correction, draw_prefix_length, row_generator
+from .progress import watched
 from .records import Record
 from .sample import SampleConfig, derived_seed, end_token_ids, generate
 from .verify import answers_equal, extract_answer
@@ -106,6 +107,7 @@ def draw_corrections(
     take: Callable[[int], bool] = lambda number: True,
     gather: Callable[[list], list] = lambda own: own,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    done: Callable[[int], Any] = lambda count: None,
 ) -> Corrections:
     """Generates an answer to every prompt and makes an example of it.
 
@@ -113,7 +115,7 @@ def draw_corrections(
         model: causal LM, as it is to generate: where it has an adapter, that is on. Dropout is off while it does.
         sources: SFT examples.
         keys: of every source, the update it is for and its place there; with `seed` they decide all choices.
-        take, autocast: see `align.contexts.draw_contexts`.
+        take, autocast, done: see `align.contexts.draw_contexts`.
         gather: puts lists of several processes together.
 
     Raises:
@@ -125,7 +127,7 @@ def draw_corrections(
     ends = set(end_token_ids(model, tokenizer.eos_token_id))
     if settings.generates and sources:
         first = derived_seed(seed, keys[0][0])
-        mine = _generate(model, tokenizer, prompts, settings, first, take, autocast)
+        mine = _generate(model, tokenizer, prompts, settings, first, take, autocast, done)
         # Judged where it was generated: a comparison is given up after some seconds, which processes need not agree on.
         judged = [
             (i, ids, ids[-1] in ends and _same_answer(tokenizer, ids[:-1], halves[i][1]))
@@ -191,6 +193,7 @@ def _generate(
     seed: int,
     take: Callable[[int], bool],
     autocast: Callable[[], AbstractContextManager],
+    done: Callable[[int], Any],
 ) -> dict[int, list[int]]:
     """Index -> generation, end token included, of the prompts in the batches taken."""
     lengths = [len(prompt) + settings.max_new_tokens for prompt in prompts]
@@ -204,6 +207,7 @@ def _generate(
                     asked = [prompts[i] for i in batch]
                     drawn = generate(model, tokenizer, asked, settings.sampling(), derived_seed(seed, number))
                     found |= {i: ids for i, [(ids, _)] in zip(batch, drawn, strict=True)}
+                done(len(batch))
     finally:
         model.train(was_training)
     return found
@@ -239,7 +243,7 @@ def correction_report(rows: Sequence[dict[str, Any]], cue: str) -> dict[str, Any
         raise ConfigError("the cue is empty, so no correction can be told from any other text; give the training's cue")
     outcomes = dict.fromkeys(("wrong_to_right", "right_to_wrong", "stays_right", "stays_wrong", "unanswered_before"), 0)
     before_right = 0
-    for row in rows:
+    for row in watched(rows, "evaluate corrections"):
         before, separator, _ = row["completion"].partition(cue.strip())
         verdict = verify_completion(before, row["answer"]) if separator else None
         if verdict is not None and verdict.rule not in MARKED:

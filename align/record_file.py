@@ -20,6 +20,7 @@ from typing import Any, overload
 
 from .atomic import write_error
 from .errors import RecordFileError
+from .progress import DELAY, watched
 from .records import Record, check_file, check_records, read_jsonl
 
 #: What the system says where a copy has no room.
@@ -166,6 +167,7 @@ class RecordFile(Rows):
             rows: Iterable[Record] = self._rows.read(self.path)
         else:
             self._rows = rows = _ArrowRows(self.path)
+        rows = watched(rows, f"reading {self.path.name}", delay=DELAY)
         if kind is None:
             for _ in rows:
                 pass
@@ -182,7 +184,7 @@ class RecordFile(Rows):
     @cached_property
     def digest(self) -> str:
         """`digest_of` the rows, computed once."""
-        return digest_of(self)
+        return digest_of(watched(self, f"hashing {self.path.name}", delay=DELAY))
 
 
 class Sorted(Rows):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .atomic import atomic_path
 from .charts import histogram_bars, number, training_charts
 from .errors import AlignError, ConfigError
+from .progress import watched
 from .records import TOKEN_COLUMNS, Record, check_ids, check_records, row_name
 from .report import SIDES, TRACE_COLUMNS, check_pair, column_summary, page_data, render, script_safe, trace_row
 from .row_sample import Sampled, sample_rows
@@ -51,15 +52,13 @@ def inspect_run(
         RecordFileError: there is no run in the folder, or the page cannot be written.
         ConfigError: `limit` is below 1.
     """
-    from tqdm import tqdm
-
     if limit < 1:
         raise ConfigError(f"limit={limit} would show no example; give at least 1")
     run = read_run(folder)
     out_path = run.folder / "run.html" if out_path is None else Path(out_path)
     histograms: list[dict[str, Any]] = []
     examples: list[tuple[str, list[Record], tuple[str, ...], list[str], int]] = []
-    for name in tqdm(run.records, desc="inspect run", unit="file"):
+    for name in watched(run.records, "inspect run", unit=" files"):
         sampled = sample_rows(run.folder, name, SAMPLE, run.problems)
         _compare(run, sampled)
         rows, sides, columns = _scored_rows(run, sampled)

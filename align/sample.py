@@ -190,6 +190,7 @@ def sample_completions(
         stage="sample",
         settings=sample_settings(problems, config, {**engine.settings, **(settings or {})}),
         order=lambda row: (row.pop("_row"), row["sample"]),
+        size=lambda batch: len(batch[0]) * len(batch[1]),
         count=lambda rows: {
             "stop": sum(row["finish_reason"] == "stop" for row in rows),
             "length": sum(row["finish_reason"] == "length" for row in rows),

@@ -208,16 +208,18 @@ def select_traces(
         raise RecordError(f"none of {len(traces)} traces can be kept: {len(there)} have tokens; refused: {refused}")
     scores_path = f"{out_path}.scores.jsonl" if scores_path is None else scores_path
 
-    def compute(_number: int, first: int) -> list[Record]:
-        part = right[first : first + PART]
-        rows = [(row["prompt_ids"], row["completion_ids"]) for row in part]
+    parts = [range(first, min(first + PART, len(right))) for first in range(0, len(right), PART)]
+
+    def compute(_number: int, part: range) -> list[Record]:
+        traces = right[part.start : part.stop]
+        rows = [(row["prompt_ids"], row["completion_ids"]) for row in traces]
         numbers = per_token(
             student, rows, lambda batch: token_ranks(completion_logits(student, batch, _adapter(student)), batch),
             pad_token_id=tokenizer.pad_token_id, max_tokens_per_batch=max_tokens_per_batch,
         )  # fmt: skip
         return [
-            {**row, "_row": first + i, **_scores(tokenizer, row["completion_ids"], found, config.step_separator)}
-            for i, (row, found) in enumerate(zip(part, numbers, strict=True))
+            {**row, "_row": index, **_scores(tokenizer, row["completion_ids"], found, config.step_separator)}
+            for index, row, found in zip(part, traces, numbers, strict=True)
         ]
 
     def finish(rows: Sequence[Record]) -> Iterator[Record]:
@@ -229,7 +231,7 @@ def select_traces(
     scoring = {"step_separator": config.step_separator, "traces": records_hash(right), **(settings or {})}
     with locked(out_path):
         run_in_parts(
-            scores_path, range(0, len(right), PART), compute, stage="select", settings=scoring,
+            scores_path, parts, compute, stage="select", settings=scoring,
             order=lambda row: row.pop("_row"), finish=finish,
         )  # fmt: skip
         kept = keep(read_records(scores_path), config)

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from .atomic import atomic_path, writing
 from .errors import RecordFileError
 from .locks import locked
+from .progress import DELAY, progress, watched
 from .record_file import JsonLines, RecordFile, Sorted, digest_of
 from .records import Record, check_output, write_records
 
@@ -156,6 +157,7 @@ def run_in_parts(
     finish: Callable[[Sequence[Record]], Iterable[Record]] | None = None,
     count: Callable[[Sequence[Record]], Mapping[str, Any]] | None = None,
     note: Callable[[list[Record]], str] | None = None,
+    size: Callable[[Any], int] | None = None,
 ) -> dict[str, Any]:
     """Computes `compute(number, batch)` for every batch, in several processes where launched so, and writes `path`.
 
@@ -170,6 +172,7 @@ def run_in_parts(
             from disk each time it is asked for, and one that is changed is not changed for the next who asks.
         count: counts for the manifest, from all rows that were written; read from disk, as above.
         note: what stands beside the progress bar, from the rows of the batch that was last computed.
+        size: rows of a batch, for the progress bar, which counts those of this process; by default its length, 1 of what has none.
 
     Returns:
         The manifest's counts.
@@ -177,10 +180,9 @@ def run_in_parts(
     Raises:
         RecordFileError: the output cannot be written.
     """
-    from tqdm import tqdm
-
     from .processes import process_state, together
 
+    size = size or (lambda batch: len(batch) if isinstance(batch, Sized) else 1)
     process = process_state()
     with ExitStack() as held:
         with together(process):
@@ -195,18 +197,22 @@ def run_in_parts(
         if not complete:
             mine = range(process.process_index, len(batches), process.num_processes)
             with together(process):
-                for number in (bar := tqdm(mine, desc=stage, unit="batch", disable=not process.is_main_process)):
-                    part = parts / f"{number:06d}.jsonl"
-                    if not _seal(part).exists():
+                missing = [number for number in mine if not _seal(parts / f"{number:06d}.jsonl").exists()]
+                total, left = (sum(size(batches[number]) for number in numbers) for numbers in (mine, missing))
+                share = stage if process.num_processes == 1 else f"{stage}, process 1 of {process.num_processes}"
+                with progress(total, share, done=total - left) as bar:
+                    for number in missing:
+                        part = parts / f"{number:06d}.jsonl"
                         rows = compute(number, batches[number])
                         write_records(part, rows)
                         _write_seal(part)
                         if note is not None:
-                            bar.set_postfix_str(note(rows))
+                            bar.set_postfix_str(note(rows), refresh=False)
+                        bar.update(size(batches[number]))
             with together(process):
                 if process.is_main_process:
                     merging = [parts / f"{number:06d}.jsonl" for number in range(len(batches))]
-                    rows = _merge(path, merging, order, finish)
+                    rows = _merge(path, merging, order, finish, stage)
                     write_manifest(path, stage, settings, {"rows": len(rows), **(count(rows) if count else {})})
                     shutil.rmtree(parts)
     manifest = read_manifest(path)
@@ -220,11 +226,12 @@ def _merge(
     parts: Sequence[Path],
     order: Callable[[Record], Any],
     finish: Callable[[Sequence[Record]], Iterable[Record]] | None,
+    stage: str,
 ) -> Sequence[Record]:
     """Writes `path` from the rows of its parts, and gives its rows; never more than one of them is in memory."""
     lines = JsonLines()
     rows: Sequence[Record] = Sorted(lines, (order(row) for part in parts for row in lines.read(part)), take=order)
-    last_words = rows if finish is None else finish(rows)
+    last_words = watched(rows if finish is None else finish(rows), f"{stage}: writing", len(rows), delay=DELAY)
     if Path(path).suffix == ".parquet":  # its types depend on all rows, which are gone through twice
         merged = parts[0].with_name("merged.jsonl") if parts else Path(f"{path}.parts", "merged.jsonl")
         write_records(merged, last_words)

@@ -258,9 +258,10 @@ def verify(samples_path: str | os.PathLike, out_path: str | os.PathLike) -> dict
     samples = RecordFile(samples_path, "sample")
     return run_in_parts(
         out_path,
-        range(0, len(samples), PART),
-        lambda _, start: [
-            row | {"_row": start + i} for i, row in enumerate(_verdicts(samples[start : start + PART], start))
+        [range(start, min(start + PART, len(samples))) for start in range(0, len(samples), PART)],
+        lambda _, part: [
+            row | {"_row": number}
+            for number, row in zip(part, _verdicts(samples[part.start : part.stop], part.start), strict=True)
         ],
         stage="verify",
         settings=settings,

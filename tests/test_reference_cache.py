@@ -19,9 +19,9 @@ def computed(monkeypatch):
     counts = []
     original = TokenDPOTrainer._compute_ref_logps
 
-    def counting(self, dataset, batch_size):
+    def counting(self, dataset, *others):
         counts.append(len(dataset))
-        return original(self, dataset, batch_size)
+        return original(self, dataset, *others)
 
     monkeypatch.setattr(TokenDPOTrainer, "_compute_ref_logps", counting)
     return counts

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, ModelMismatchError
 from ..logps import Batch, Row, completion_logits, per_token
 from ..losses import contrastive_scores
 from ..records import Record
-from .pairs import both_sides, score_stage
+from .pairs import SIDES, both_sides, score_stage
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
+
+
+#: Logits that differ by less are the same: those of two adapters that do nothing, or the same.
+SAME = 1e-6
 
 
 def score_rows(
@@ -41,6 +47,18 @@ def score_rows(
         ConfigError: β_CE is negative.
         ModelMismatchError: an adapter is missing.
     """
+    return [
+        [score for score, _ in row]
+        for row in _scores(model, rows, pad_token_id, positive, negative, beta, max_tokens_per_batch)
+    ]
+
+
+def _scores(
+    model: PeftModel, rows: Sequence[Row], pad_token_id: int, positive: str, negative: str, beta: float, max_tokens: int
+) -> list[list[tuple[float, float]]]:
+    """See `score_rows`; per token, its score, and how far the two models' logits of it are apart."""
+    import torch
+
     if beta < 0:
         raise ConfigError(f"beta = {beta} must not be negative; the paper uses 1")
     for name in (positive, negative):
@@ -48,10 +66,12 @@ def score_rows(
             raise ModelMismatchError(f"the model has no adapter {name!r}; load both with align.models.load_adapters")
 
     def compute(batch: Batch) -> torch.Tensor:
-        logits = (completion_logits(model, batch, adapter) for adapter in (positive, negative))
-        return contrastive_scores(*logits, batch.token_ids, beta, batch.positions)
+        logits = [completion_logits(model, batch, adapter) for adapter in (positive, negative)]
+        own = [each[batch.positions, batch.token_ids].float() for each in logits]
+        scores = contrastive_scores(*logits, batch.token_ids, beta, batch.positions)
+        return torch.stack((scores, (own[0] - own[1]).abs()), 1)
 
-    return per_token(model, rows, compute, pad_token_id=pad_token_id, max_tokens_per_batch=max_tokens_per_batch)
+    return per_token(model, rows, compute, pad_token_id=pad_token_id, max_tokens_per_batch=max_tokens)
 
 
 def score_contrastive(
@@ -75,14 +95,35 @@ def score_contrastive(
         settings: what else the scores depend on (hashes of the adapters), for resuming.
 
     Returns:
-        Counts: `rows`, `too_long`, `tokens`.
+        Counts: `rows`, `too_long`, `tokens`, `constant` (pairs with one score for all tokens of each completion),
+        `no_contrast` (pairs of whose tokens both adapters say the same: their scores are plain probabilities).
     """
 
     def compute(rows: list[Row]) -> dict[str, list[list[float]]]:
-        options = {"pad_token_id": pad_token_id, "max_tokens_per_batch": max_tokens_per_batch}
-        return {"ce_scores": score_rows(model, rows, beta=beta, **options)}
+        found = _scores(model, rows, pad_token_id, "positive", "negative", beta, max_tokens_per_batch)
+        return {
+            "ce_scores": [[score for score, _ in row] for row in found],
+            "_contrast": [max(contrast for _, contrast in row) for row in found],
+        }
+
+    without = 0
+
+    def finish(rows: Sequence[Record]) -> Iterator[Record]:
+        nonlocal without
+        for row in rows:
+            # Parts of an earlier version have none.
+            contrasts = [row.pop(f"{side}__contrast", math.inf) for side in SIDES]
+            without += max(contrasts) < SAME
+            yield row
+        if without > len(rows) / 2:
+            print(
+                f"align: score contrastive: of {without} of {len(rows)} pairs, the positive and the negative adapter say the same; "
+                "scores there are plain probabilities, no contrast. Give adapters that were trained apart, for longer or at a "
+                "higher learning rate",
+                file=sys.stderr,
+            )
 
     return score_stage(
-        pairs, out_path, both_sides(compute), model=model, max_length=max_length,
-        stage="score contrastive", settings={"beta": beta, **(settings or {})},
+        pairs, out_path, both_sides(compute), model=model, max_length=max_length, stage="score contrastive",
+        settings={"beta": beta, **(settings or {})}, varies="ce_scores", finish=finish, count=lambda _: {"no_contrast": without},
     )  # fmt: skip

@@ -68,7 +68,8 @@ def score_entropy(
         settings: what else the numbers depend on (hash of the model), for resuming.
 
     Returns:
-        Counts: `rows`, `too_long`, `tokens`, `kept` (tokens of weight 1), `threshold` (nats).
+        Counts: `rows`, `too_long`, `tokens`, `kept` (tokens of weight 1), `threshold` (nats),
+        `constant` (pairs with one weight for all tokens of each completion).
 
     Raises:
         ConfigError: `top` is no share.
@@ -97,7 +98,7 @@ def score_entropy(
 
     return score_stage(
         pairs, out_path, both_sides(compute), model=model, max_length=max_length, stage="score entropy",
-        settings={"top": top, **(settings or {})}, adds=("weights",), finish=finish, count=lambda _: found,
+        settings={"top": top, **(settings or {})}, adds=("weights",), varies="weights", finish=finish, count=lambda _: found,
     )  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def score_guidance(
         settings: what else the numbers depend on (hashes of both models), for resuming.
 
     Returns:
-        Counts: `rows`, `too_long`, `tokens`.
+        Counts: `rows`, `too_long`, `tokens`, `constant` (pairs with one log-ratio for all tokens of each completion).
 
     Raises:
         ModelMismatchError: no reference is given and the guide has no adapter.
@@ -124,5 +124,6 @@ def score_guidance(
         model=smaller,
         max_length=max_length,
         stage="score guidance",
+        varies="guidance_logratios",
         settings=settings or {},
     )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RecordError
 from ..logps import Row
 from ..models import vocab_size
+from ..progress import DELAY, watched
 from ..records import Record, check_records
 from ..stages import records_hash, run_in_parts
 from ..tokens import check_pair_ids
@@ -57,6 +60,7 @@ def score_stage(
     stage: str,
     settings: dict[str, Any],
     adds: Sequence[str] = (),
+    varies: str | None = None,
     per_part: int = PAIRS_PER_PART,
     finish: Callable[[Sequence[Record]], Iterable[Record]] | None = None,
     count: Callable[[Sequence[Record]], Mapping[str, Any]] | None = None,
@@ -70,11 +74,13 @@ def score_stage(
         max_length: longest prompt and completion together, in tokens; longer pairs are left out and counted.
         settings: what the numbers depend on besides the pairs.
         adds: token-level columns, without their side, that the pairs must not have yet: a user's own must not vanish.
+        varies: token-level column, without its side, that should differ between the tokens of a completion. Pairs in which
+            it does not are counted, and warned of where they are most.
         per_part: pairs of a part.
         finish, count: see `run_in_parts`; for numbers that depend on the whole data set, and further counts.
 
     Returns:
-        Counts: `rows`, `too_long`, `tokens`, and what `count` gives.
+        Counts: `rows`, `too_long`, `tokens`, with `varies` `constant`, and what `count` gives.
 
     Raises:
         RecordError, MissingColumnError: a row does not fit the model or the schema.
@@ -82,7 +88,7 @@ def score_stage(
     check_records(pairs, "pair", source="pairs")
     size = vocab_size(model)
     lengths, tokens = array("q"), array("q")
-    for index, pair in enumerate(pairs):
+    for index, pair in enumerate(watched(pairs, f"{stage}: checking", delay=DELAY)):
         check_pair_ids(pair, index, size)
         present = [f"{side}_{column}" for side in SIDES for column in adds if f"{side}_{column}" in pair]
         if present:
@@ -105,6 +111,27 @@ def score_stage(
         added = compute(number, those)
         return [pair | new | {"_row": index} for index, pair, new in zip(part, those, added, strict=True)]
 
+    seen = Counter({"constant": 0, "of": 0})
+
+    def last_words(rows: Sequence[Record]) -> Iterable[Record]:
+        for row in rows if finish is None else finish(rows):
+            if varies is not None:
+                numbers = [row[f"{side}_{varies}"] for side in SIDES]
+                if all(len(values) > 1 for values in numbers):  # of one token there is nothing to compare
+                    seen["of"] += 1
+                    seen["constant"] += all(len(set(values)) == 1 for values in numbers)
+            yield row
+        if seen["constant"] > seen["of"] / 2:
+            print(
+                f"align: {stage}: in {seen['constant']} of {seen['of']} pairs all tokens of a completion have the same {varies}; "
+                "there, they tell no token from another",
+                file=sys.stderr,
+            )
+
+    def counted(rows: Sequence[Record]) -> dict[str, Any]:
+        constant = {} if varies is None else {"constant": seen["constant"]}
+        return counts | constant | dict(count(rows) if count else {})
+
     return run_in_parts(
         out_path,
         parts,
@@ -112,8 +139,8 @@ def score_stage(
         stage=stage,
         settings=score_settings(pairs, max_length, settings),
         order=lambda row: row.pop("_row"),
-        finish=finish,
-        count=lambda rows: counts | dict(count(rows) if count else {}),
+        finish=last_words,
+        count=counted,
     )
 
 

@@ -327,7 +327,7 @@ def score_rollout(
     Returns:
         Counts: `rows`, `too_long`, `tokens`, `critical` (rejected completions that have a critical token),
         `lost_from_start`, `cut` (continuations that reached `max_new_tokens` without an end), `forward_tokens`,
-        `independent_tokens`; where `ks` is given, `without_alternative` (critical tokens that the policy has no other
+        `independent_tokens`, `constant` (pairs with one weight for all tokens of each completion); where `ks` is given, `without_alternative` (critical tokens that the policy has no other
         for), and per k `pass@k with` and `pass@k without`.
 
     Raises:
@@ -376,7 +376,7 @@ def score_rollout(
 
     return score_stage(
         pairs, out_path, compute, model=model, max_length=max_length, stage="score rollout",
-        settings=rollout_settings(config, settings), adds=("weights",), finish=finish,
+        settings=rollout_settings(config, settings), adds=("weights",), varies="weights", finish=finish,
         per_part=max(1, config.batch_size // config.n), count=count,
     )  # fmt: skip
 

@@ -76,6 +76,11 @@ class CDPOTrainer(TokenDPOTrainer):
     def required_columns(self, args: CDPOConfig) -> tuple[str, ...]:
         return ("rejected_ce_scores", *(("chosen_ce_scores",) if args.weight_chosen else ()))
 
+    def constant_weights(self) -> tuple[str, str]:
+        return self._name, (
+            "Score again with `align score contrastive` and two adapters that were trained apart, or train DPO (methods.dpo)"
+        )
+
     def token_weights(
         self, chosen: dict[str, torch.Tensor], rejected: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,16 +16,20 @@ from datasets import Dataset
 from ..atomic import atomic_path
 from ..errors import RecordError, RecordFileError
 from ..processes import process_state, together
+from ..progress import DELAY, progress
 from ..records import Record
 
 #: Rows of a table, and rows after which a file is mapped anew.
 ROWS_PER_TABLE, ROWS_PER_MAPPING = 1_000, 50_000
 
 
-def dataset_on_disk(rows: Sequence[Record], path: Path) -> Dataset:
+def dataset_on_disk(rows: Sequence[Record], path: Path, hidden: bool = False) -> Dataset:
     """What `Dataset.from_list(rows)` is, but written row by row to `path` and mapped into memory from there.
 
     One process writes, all read.
+
+    Args:
+        hidden: shows no progress.
 
     Raises:
         RecordError: a column whose values have no common type.
@@ -34,7 +38,7 @@ def dataset_on_disk(rows: Sequence[Record], path: Path) -> Dataset:
     process = process_state()
     with together(process):
         if process.is_main_process:
-            _write(rows, path)
+            _write(rows, path, hidden)
     try:
         return Dataset.from_file(str(path))
     except (OSError, pyarrow.ArrowException) as error:
@@ -44,7 +48,7 @@ def dataset_on_disk(rows: Sequence[Record], path: Path) -> Dataset:
         ) from error
 
 
-def _write(rows: Sequence[Record], path: Path) -> None:
+def _write(rows: Sequence[Record], path: Path, hidden: bool) -> None:
     names = list(rows[0])
 
     def tables() -> Iterator[pyarrow.Table]:
@@ -52,8 +56,10 @@ def _write(rows: Sequence[Record], path: Path) -> None:
         while part := list(islice(there, ROWS_PER_TABLE)):
             yield pyarrow.table({name: _column(part, name, start) for name in names})
             start += len(part)
+            bar.update(start - bar.n)
 
-    with atomic_path(path) as temporary:
+    # With each pass over the rows, the bar begins again.
+    with atomic_path(path) as temporary, progress(len(rows), "writing rows", hidden=hidden, delay=DELAY) as bar:
         schema = next(tables()).schema
         if _write_tables(temporary, tables(), schema):
             return

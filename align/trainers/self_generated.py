@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,12 +25,14 @@ from ..errors import ConfigError, RecordError, RecordFileError
 from ..mix import IGNORED, Example, epsilon_at
 from ..models import keep_trainable
 from ..processes import check_group
+from ..progress import progress
 from ..rac import CorrectionSettings, draw_corrections, longest_correction
 from ..records import Record, read_records, write_records
 from ..safety import no_pickles
 from .longest import LongestBatch, collate, row_id
 from .preflight import Preflight
 from .row_data import lengths_of
+from .trackers import check_trackers
 
 #: In a checkpoint's folder: contexts that are drawn and not yet trained on.
 CONTEXTS_FILE = "contexts.jsonl"
@@ -56,6 +58,7 @@ class SelfGeneratedConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_trackers(self.report_to)
         for name, low in (("refresh_steps", 1), ("generation_tokens", 1), ("contexts_limit", 0)):
             value = getattr(self, name)
             if value is not None and value < low:
@@ -164,6 +167,7 @@ class SelfGeneratedTrainer(Preflight, SFTTrainer, ABC):
         self._ready: list[dict[str, Any]] = []  # micro-batches of the window that are still to be trained on
         self._records: list[Record] = []  # their contexts, those of all processes
         self._stored: list[Record] = []  # of the checkpoint
+        self._done: Callable[[int], Any] = lambda count: None  # moves the bar of a window that is drawn
 
     @abstractmethod
     def draw(self, places: Sequence[Place]) -> list[Record]:
@@ -245,7 +249,10 @@ class SelfGeneratedTrainer(Preflight, SFTTrainer, ABC):
 
     def _drawn(self, places: list[Place]) -> list[Record]:
         start = time.perf_counter()
-        rows = self.draw(places)
+        # Under the training's own bar, and gone with the window.
+        with progress(len(places), "contexts", hidden=self.args.disable_tqdm, leave=False) as bar:
+            self._done = bar.update
+            rows = self.draw(places)
         records = [
             {"step": place.step, "position": place.position, "source_ids": place.source.input_ids, **row}
             for place, row in zip(places, rows, strict=True)
@@ -304,7 +311,7 @@ class BASHTrainer(SelfGeneratedTrainer):
             rows.append(mixed_row(source.input_ids, source.labels, epsilon, args.seed, place.step, place.position))
         drawn = draw_contexts(
             self.accelerator.unwrap_model(self.model), rows, args.own_tokens(), self.data_collator.pad_token_id,
-            take=self._share, autocast=self.compute_loss_context_manager,
+            take=self._share, autocast=self.compute_loss_context_manager, done=self._done,
         )  # fmt: skip
         for index, context in gather_object(list(drawn.items())):
             rows[index].context = context
@@ -338,7 +345,7 @@ class RACTrainer(SelfGeneratedTrainer):
         drawn = draw_corrections(
             self.accelerator.unwrap_model(self.model), self._tokenizer, [place.source for place in places],
             [(place.step, place.position) for place in places], self.args.corrections(), self.args.seed,
-            take=self._share, gather=gather_object, autocast=self.compute_loss_context_manager,
+            take=self._share, gather=gather_object, autocast=self.compute_loss_context_manager, done=self._done,
         )  # fmt: skip
         for name, values in drawn.metrics.items():
             self._metrics["train"][f"rac/{name}"].append(values)

@@ -70,6 +70,14 @@ class TGDPOTrainer(TokenDPOTrainer):
     def required_columns(self, args: TGDPOConfig) -> tuple[str, ...]:
         return ("chosen_guidance_logratios", "rejected_guidance_logratios")
 
+    def constant_weights(self) -> tuple[str, str]:
+        if self.args.alpha == 0:
+            return self._name, "alpha = 0 takes no guidance; raise it, or train DPO (methods.dpo)"
+        return self._name, (
+            "The guide may be the reference: score again with `align score guidance` and a guide that preference training has "
+            f"changed; or alpha = {self.args.alpha:g} and weight_floor = {self.args.weight_floor} flatten what it says"
+        )
+
     def token_weights(
         self, chosen: dict[str, torch.Tensor], rejected: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,6 +28,8 @@ from .reference_check import check_reference_columns
 from .sharding import check_sharding
 from .token_budget import FIELDS, TokenBudget
 from .token_reference import PREFIX, TokenReference
+from .trackers import check_trackers
+from .weight_check import ConstantWeights
 
 
 @dataclass
@@ -78,6 +80,7 @@ class TokenDPOConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_trackers(self.report_to)
         if self.use_weighting:
             raise ConfigError(
                 "use_weighting=True reads unweighted log-probabilities; unset it, or train with TRL's DPOTrainer"
@@ -236,6 +239,8 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         if args.max_tokens_per_batch is not None:
             self._check_token_budget()
         self._layout, self._ref_layout  # noqa: B018 (a model that cannot share says so now)
+        self._constant_weights = ConstantWeights(self)
+        self._constant_weights.look_at_rows()
         if stored and args.check_reference and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             check_reference_columns(self)
 
@@ -252,6 +257,10 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
             w⁺ and w⁻, (B, T) each; values outside the completions do not matter.
         """
         return chosen.get("weights", chosen["mask"]), rejected.get("weights", rejected["mask"])
+
+    def constant_weights(self) -> tuple[str, str]:
+        """What a training is called that has one weight for all tokens and should not, and a sentence on what to do."""
+        return self._name, "Give weights that differ between tokens, or train DPO: leave the columns out"
 
     @cached_property
     def _layout(self) -> PrefixSharing | PaddedRows:
@@ -313,6 +322,8 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         ref_logps, ref_sums = self._reference(inputs)
         mask = shift_to_labels(inputs["completion_mask"]).to(ref_logps.dtype)
         weights = self._weights(inputs, mask)
+        if self.model.training and self._part is None:
+            self._constant_weights.look_at_batch(inputs)
         seam = _TokenWeightedModel(call, ref_logps, weights)
         trl_inputs = {key: value for key, value in inputs.items() if not key.startswith(PREFIX)}
         trl_inputs["ref_chosen_logps"], trl_inputs["ref_rejected_logps"] = ref_sums.chunk(2)

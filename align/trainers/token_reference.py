@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
@@ -11,9 +11,13 @@ from accelerate.utils import broadcast_object_list
 from trl import DPOTrainer
 from trl.models import prepare_deepspeed
 
+from ..progress import progress
 from ..tokens import shift_to_labels, truncate
 from .preference_data import SIDES, has_reference, pad_columns
 from .reference_cache import ReferenceCache, default_folder, row_key, weights_key
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 logger = get_logger(__name__)
 
@@ -41,7 +45,9 @@ class TokenReference(DPOTrainer):
             f"{name} data set: reference of {len(missing)} rows to compute, of {len(keys) - len(missing)} known"
         )
         if missing:
-            computed = self._compute_ref_logps(dataset.select(missing), batch_size)
+            counted = {"total": len(keys), "done": len(keys) - len(missing)}
+            with progress(name=f"reference of {name} data set", hidden=self.args.disable_tqdm, **counted) as bar:
+                computed = self._compute_ref_logps(dataset.select(missing), batch_size, bar)
             for j, i in enumerate(missing):
                 known[i] = [computed[side][j] for side in SIDES]
         if cache is not None:
@@ -72,24 +78,24 @@ class TokenReference(DPOTrainer):
         key = weights_key(self.accelerator.unwrap_model(reference), off, self.accelerator.mixed_precision)
         return ReferenceCache(default_folder(), key)
 
-    def _compute_ref_logps(self, dataset, batch_size: int) -> dict[str, list[list[float]]]:
+    def _compute_ref_logps(self, dataset, batch_size: int, bar: tqdm) -> dict[str, list[list[float]]]:
         """Per side and row of the data set, the reference log-probabilities of the completion tokens that are kept."""
         loader = self.accelerator.prepare(
             torch.utils.data.DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, shuffle=False)
         )
         rows: dict[str, list[list[float]]] = {"chosen": [], "rejected": []}
         if self.ref_model is None and self.is_deepspeed_enabled and self._precompute_engine is None:
-            self._precompute_engine = prepare_deepspeed(
-                self.model, self.accelerator
-            )  # before `train`, nothing gathers its weights
+            # Before `train`, nothing gathers its weights.
+            self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
         for batch in loader:
-            logps, _ = self._reference(batch, self._precompute_engine)
+            before, (logps, _) = len(rows[SIDES[0]]), self._reference(batch, self._precompute_engine)
             # A row's completion lies wherever the truncation left it, so the mask travels with the numbers.
             stacked = torch.stack((logps, shift_to_labels(batch["completion_mask"]).to(logps.dtype)), dim=-1)
             for side, part in zip(SIDES, stacked.chunk(2), strict=True):
                 part = self.accelerator.pad_across_processes(part, dim=1)
                 for row in self.accelerator.gather_for_metrics(part).cpu():
                     rows[side].append(row[row[:, 1] > 0, 0].tolist())
+            bar.update(len(rows[SIDES[0]]) - before)
         return rows
 
     def _reference(self, inputs: dict[str, Any], reference: Any = None) -> tuple[torch.Tensor, torch.Tensor]:

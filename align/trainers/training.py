@@ -36,6 +36,7 @@ from .self_generated import BASHConfig, BASHTrainer, RACConfig, RACTrainer
 from .sharding import check_sharding
 from .tgdpo import TGDPOTrainer
 from .token_dpo import TokenDPOTrainer
+from .trackers import check_trackers, move_events, run_of_its_own
 
 
 class GuardedSFTTrainer(FiniteGuard, SFTTrainer):
@@ -83,6 +84,7 @@ def _arguments(cls: type, args: Mapping[str, Any], out_dir: Path) -> Any:
         raise ConfigError(f"{', '.join(unknown)}: no field of {cls.__name__}; mend the name or remove it")
     if process_state().device.type == "cpu":
         args = {"use_cpu": True, "dataloader_pin_memory": False, **args}
+    check_trackers(args.get("report_to", "none"))
     return cls(output_dir=str(out_dir), **{"report_to": "none", **args})
 
 
@@ -170,7 +172,7 @@ def train_sft(
         return trainer_class(
             base,
             args=config,
-            train_dataset=dataset_on_disk(rows, directory / ROWS_FILE),
+            train_dataset=dataset_on_disk(rows, directory / ROWS_FILE, config.disable_tqdm),
             processing_class=tokenizer,
             peft_config=_lora(lora),
         )
@@ -205,6 +207,7 @@ def train_preference(
     if method not in PREFERENCE_TRAINERS:
         raise ConfigError(f"method {method!r} is unknown; there are {', '.join(PREFERENCE_TRAINERS)}")
     cls = PREFERENCE_TRAINERS[method]
+    check_training(method, out_dir, args, lora)
     if not pairs:
         raise RecordError("there are no pairs to train on")
     weighing = () if method == "dpo" else cls.token_columns
@@ -274,7 +277,8 @@ def _train_alone(
     checkpoint = last_whole_checkpoint(working, trainer.args)
     if checkpoint is not None:
         check_checkpoint(checkpoint, working)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    with run_of_its_own(trainer.args.report_to):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(working / "final"))
     dropped += (by_trainer := getattr(trainer, "data_report", {}).get("train", {}).get("prompt_fills_max_length", 0))
     counts = {
@@ -291,6 +295,7 @@ def _train_alone(
             shutil.move(working / "contexts", working / "final" / "contexts")
         if (working / PREFLIGHT).is_file():
             shutil.copy(working / PREFLIGHT, working / "final")
+        move_events(working, working / "final")
         if settings["lora"] is not None:
             write_base_file(working / "final", trainer.model, fingerprint)
         trainer.create_model_card(model_name=out_dir.name)
@@ -335,6 +340,7 @@ def _tidy(working: Path) -> None:
     final = working / "final"
     if (final / "contexts").is_dir():
         os.replace(final / "contexts", working / "contexts")
+    move_events(final, working)
     if final.exists():
         shutil.rmtree(final)
 
