@@ -27,6 +27,8 @@ from ..rac import CorrectionSettings, draw_corrections
 from ..records import Record, read_records, write_records
 from ..safety import no_pickles
 from .guards import FiniteGuard
+from .sharding import check_sharding
+from .whole_weights import whole_weights
 
 #: In a checkpoint's folder: contexts that are drawn and not yet trained on.
 CONTEXTS_FILE = "contexts.jsonl"
@@ -146,10 +148,11 @@ class SelfGeneratedTrainer(FiniteGuard, SFTTrainer, ABC):
         keep_trainable(self.model)  # contexts are drawn in eval mode
         if self._is_vision_dataset:
             raise ConfigError(f"{type(self).__name__} does not know images; use text data")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        check_sharding(self)
+        if self.is_deepspeed_enabled:
             raise ConfigError(
-                f"{type(self).__name__} draws with the whole model in every process; FSDP and DeepSpeed, which shard it, "
-                "are not supported: launch with recipes/accelerate/ddp.yaml"
+                f"{type(self).__name__} draws with the whole model in every process; DeepSpeed, which shards it, is not "
+                "supported: launch with recipes/accelerate/ddp.yaml or fsdp2.yaml"
             )
         self._iterator: Iterator | None = None
         self._held: list[dict[str, Any]] = []  # read ahead of the window
@@ -222,7 +225,8 @@ class SelfGeneratedTrainer(FiniteGuard, SFTTrainer, ABC):
 
     def _drawn(self, places: list[Place]) -> list[Record]:
         start = time.perf_counter()
-        rows = self.draw(places)
+        with whole_weights(self.model):
+            rows = self.draw(places)
         records = [
             {"step": place.step, "position": place.position, "source_ids": place.source.input_ids, **row}
             for place, row in zip(places, rows, strict=True)
