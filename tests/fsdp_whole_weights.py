@@ -1,5 +1,5 @@
-"""Not a test: one of two processes draws from a model that both hold in pieces, then both train it, twice; prints what they saw as JSON.
-Launched by test_whole_weights.py."""
+"""Not a test: one of two processes draws from a model that both hold in pieces, then both train it, twice; prints what they
+saw as JSON. Launched by test_whole_weights.py."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ def in_pieces(module) -> bool:
 
 
 def sharded(head: bool):
-    """A model whose embeddings, norm and head are the root's own, or, as accelerate has it, in two groups besides the layers'."""
+    """A model whose embeddings, norm and head are the root's own, or with `head`, as accelerate has it, in two groups."""
     model = tiny_llama()
     for layer in model.model.layers:
         fully_shard(layer, reshard_after_forward=True)

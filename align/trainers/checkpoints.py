@@ -64,12 +64,12 @@ def _check_kind(path: Path, fsdp: bool) -> None:
         return
     if fsdp:
         raise ConfigError(
-            f"{path} has no {FSDP_WEIGHTS}, from which a training that FSDP shards could go on: it was written without FSDP, or "
-            f"with save_only_model=True; launch without FSDP, or remove {path.parent} to begin anew"
+            f"{path} has no {FSDP_WEIGHTS}, from which a training that FSDP shards could go on: it was written without FSDP, "
+            f"or with save_only_model=True; launch without FSDP, or remove {path.parent} to begin anew"
         )
     raise ConfigError(
-        f"{path} was written under FSDP, and this training is not sharded; launch with recipes/accelerate/fsdp2.yaml, or remove "
-        f"{path.parent} to begin anew"
+        f"{path} was written under FSDP, and this training is not sharded; launch with recipes/accelerate/fsdp2.yaml, or "
+        f"remove {path.parent} to begin anew"
     )
 
 

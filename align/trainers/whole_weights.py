@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
-    """Gathers the weights that FSDP2 has sharded, in the dtype that they compute in, and frees them at the end; a model that is not
-    sharded is left alone. All processes enter it together, between two updates; inside, each may run any number of passes
-    without gradients, or none, since no pass gathers anything.
+    """Gathers the weights that FSDP2 has sharded, in the dtype that they compute in, and frees them at the end; a model that
+    is not sharded is left alone. All processes enter it together, between two updates; inside, each may run any number of
+    passes without gradients, or none, since no pass gathers anything.
 
     `generate` is to be called with `synced_gpus=False`: transformers takes the processes of a sharded model to step
     together, and would have them wait for each other after every token.
@@ -25,8 +25,8 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     if not shards:
         yield
         return
-    # What follows is torch's own business, but its public calls tell neither what a module does after a pass, so that it could
-    # be restored, nor forget passes.
+    # What follows is torch's own business, but its public calls neither tell what a module does after a pass, so that it
+    # could be restored, nor forget passes.
     for module in shards:
         module._get_fsdp_state()._lazy_init()  # the first is the root, which decides here what becomes of its weights
     groups = {group: group.post_forward_mesh_info for module in shards for group in _groups(module)}
