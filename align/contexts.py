@@ -194,7 +194,10 @@ def _draw_in_order(model: PreTrainedModel, rows: Sequence[MixedRow], config: Own
         eos_token_id=None,
     )  # fmt: skip
     with without_generation_config(model):
-        model.generate(**inputs, generation_config=options, logits_processor=LogitsProcessorList([decide]))
+        # Not in step with other processes, which draw batches of their own.
+        model.generate(
+            **inputs, generation_config=options, logits_processor=LogitsProcessorList([decide]), synced_gpus=False
+        )
 
 
 def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -280,7 +280,8 @@ def run_generate(
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with torch.inference_mode(), forked, without_generation_config(model):
         torch.manual_seed(seed)
-        return model.generate(**inputs, generation_config=options, **more)
+        # Not in step with other processes, which draw batches of their own.
+        return model.generate(**inputs, generation_config=options, synced_gpus=False, **more)
 
 
 @contextmanager

@@ -317,7 +317,19 @@ def test_quantized_base(tmp_path, tokenizer, kind):
         assert torch.equal(gradients[0][name], gradient), name
 
 
-def test_what_is_refused(tmp_path, tokenizer):
+def test_drawing_from_shards_of_deepspeed_is_refused(tmp_path, tokenizer, monkeypatch):
+    def make_accelerator(self):
+        made(self)
+        self.is_deepspeed_enabled = True
+
+    made = SFTTrainer.create_accelerator_and_postprocess
+    monkeypatch.setattr(SFTTrainer, "create_accelerator_and_postprocess", make_accelerator)
+    for kind in ("bash", "rac"):
+        with pytest.raises(ConfigError, match="draws with the whole model in every process; DeepSpeed.*fsdp2.yaml"):
+            make(kind, tmp_path, tokenizer)
+
+
+def test_what_is_refused(tmp_path, tokenizer, monkeypatch):
     for kind, settings, words in (
         ("bash", {"packing": True}, "packing is not supported by BASHConfig"),
         ("rac", {"padding_free": True}, "padding_free is not supported by RACConfig"),
@@ -334,6 +346,10 @@ def test_what_is_refused(tmp_path, tokenizer):
             make(kind, tmp_path, tokenizer, **settings)
     with pytest.raises(ConfigError, match="BASHTrainer takes a BASHConfig, not a SFTConfig"):
         BASHTrainer(tiny_llama(), args=SFTConfig(str(tmp_path), bf16=False), train_dataset=demonstrations())
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")  # as its launcher does, where there is no GPU
+        with pytest.raises(ConfigError, match="launched with FSDP, but accelerate shards on GPUs only"):
+            make("bash", tmp_path, tokenizer)
     text = Dataset.from_list([{"text": "all of it is learned"}])
     trainer = make("rac", tmp_path, tokenizer, data=text, completion_only_loss=False)
     with pytest.raises(RecordError, match="row 0: RAC corrects one answer to one prompt"):

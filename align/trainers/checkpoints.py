@@ -14,7 +14,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainingArguments
 
 from ..errors import ConfigError
-from ..processes import process_state
+from ..processes import process_state, together
+
+#: What the files begin with in which FSDP keeps the weights that it goes on from.
+FSDP_WEIGHTS = "pytorch_model_fsdp"
 
 
 class ResumesAtTheEnd(Trainer):
@@ -26,23 +29,25 @@ class ResumesAtTheEnd(Trainer):
         self.control.should_training_stop = True
 
 
-def last_whole_checkpoint(working: Path, args: TrainingArguments) -> str | None:
+def last_whole_checkpoint(working: Path, args: TrainingArguments, fsdp: bool = False) -> str | None:
     """The newest checkpoint of `working` that is whole, the same in all processes; `None` where there is none.
 
     Newer ones are removed and named: the training will write them once more, and what an interrupted writing leaves must
     not mix with what was there before.
+
+    Args:
+        fsdp: whether this training is sharded by FSDP.
+
+    Raises:
+        ConfigError: the checkpoint is of a training that was sharded, and this one is not, or the other way round.
     """
     process = process_state()
     found: list[str | None] = [None]
-    if process.is_main_process:
-        checkpoints = _checkpoints(working)
-        while checkpoints and found == [None]:
-            path = checkpoints.pop()
-            if damage := checkpoint_damage(path, args, process.num_processes):
-                print(f"align: {path} is incomplete and skipped: {damage}", file=sys.stderr)
-                shutil.rmtree(path)
-            else:
-                found = [str(path)]
+    with together(process):
+        if process.is_main_process:
+            found = [_last_whole(working, args, process.num_processes)]
+            if found[0] is not None:
+                _check_kind(Path(found[0]), fsdp)
     if process.num_processes > 1:
         broadcast_object_list(found)
     return found[0]
@@ -66,6 +71,29 @@ def _checkpoints(working: Path) -> list[Path]:
     """By step."""
     found = (path for path in working.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal())
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _last_whole(working: Path, args: TrainingArguments, processes: int) -> str | None:
+    for path in reversed(_checkpoints(working)):
+        if (damage := checkpoint_damage(path, args, processes)) is None:
+            return str(path)
+        print(f"align: {path} is incomplete and skipped: {damage}", file=sys.stderr)
+        shutil.rmtree(path)
+    return None
+
+
+def _check_kind(path: Path, fsdp: bool) -> None:
+    if any(path.glob(f"{FSDP_WEIGHTS}*")) == fsdp:
+        return
+    if fsdp:
+        raise ConfigError(
+            f"{path} has no {FSDP_WEIGHTS}, from which a training that FSDP shards could go on: it was written without FSDP, "
+            f"or with save_only_model=True; launch without FSDP, or remove {path.parent} to begin anew"
+        )
+    raise ConfigError(
+        f"{path} was written under FSDP, and this training is not sharded; launch with recipes/accelerate/fsdp2.yaml, or "
+        f"remove {path.parent} to begin anew"
+    )
 
 
 def checkpoint_damage(path: Path, args: TrainingArguments, processes: int = 1) -> str | None:
@@ -101,7 +129,8 @@ def _missing(path: Path, args: TrainingArguments, processes: int) -> str | None:
     if not (path / "trainer_state.json").is_file():  # the Trainer writes it last
         return "trainer_state.json is missing"
     # DeepSpeed and FSDP keep weights and optimizer in folders or files of their own.
-    engine = any(path.glob("global_step*")) or any(path.glob("pytorch_model_fsdp*"))
+    fsdp = any(path.glob(f"{FSDP_WEIGHTS}*"))
+    engine = fsdp or any(path.glob("global_step*"))
     if not engine and not any(path.glob("*.safetensors")):
         return "there are no weights"
     for index in path.glob("*.safetensors.index.json"):
@@ -113,12 +142,11 @@ def _missing(path: Path, args: TrainingArguments, processes: int) -> str | None:
             return f"{gone[0]} is missing"
     if args.save_only_model:
         return None
-    fsdp = any(path.glob("pytorch_model_fsdp*"))
-    for name in ("pytorch_model_fsdp", "optimizer") if fsdp else ():
-        # Whole, of a rank, or a folder that is whole with its directory; without, the Trainer begins anew and says nothing.
-        if not any(path.glob(f"{name}*.bin")) and not any(path.glob(f"{name}_*/.metadata")):
-            return f"{name} is missing"
-    needed = ["scheduler.pt"] if fsdp else [] if engine else ["optimizer.pt", "scheduler.pt"]
+    needed = [] if engine else ["optimizer.pt", "scheduler.pt"]
+    if (path / f"{FSDP_WEIGHTS}.bin").is_file():
+        needed = ["optimizer.bin", "scheduler.pt"]
+    elif fsdp:  # in pieces; the list of them is written last
+        needed = [f"{FSDP_WEIGHTS}_0/.metadata", "optimizer_0/.metadata", "scheduler.pt"]
     if not args.save_on_each_node:  # otherwise those of other machines lie there
         needed += ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     return next((f"{name} is missing" for name in needed if not (path / name).is_file()), None)

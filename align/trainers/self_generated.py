@@ -32,7 +32,9 @@ from ..safety import no_pickles
 from .longest import LongestBatch, collate, row_id
 from .preflight import Preflight
 from .row_data import lengths_of
+from .sharding import check_sharding
 from .trackers import check_trackers
+from .whole_weights import whole_weights
 
 #: In a checkpoint's folder: contexts that are drawn and not yet trained on.
 CONTEXTS_FILE = "contexts.jsonl"
@@ -157,10 +159,11 @@ class SelfGeneratedTrainer(Preflight, SFTTrainer, ABC):
         keep_trainable(self.model)  # contexts are drawn in eval mode
         if self._is_vision_dataset:
             raise ConfigError(f"{type(self).__name__} does not know images; use text data")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        check_sharding(self)
+        if self.is_deepspeed_enabled:
             raise ConfigError(
-                f"{type(self).__name__} draws with the whole model in every process; FSDP and DeepSpeed, which shard it, "
-                "are not supported: launch with recipes/accelerate/ddp.yaml"
+                f"{type(self).__name__} draws with the whole model in every process; DeepSpeed, which shards it, is not "
+                "supported: launch with recipes/accelerate/ddp.yaml or fsdp2.yaml"
             )
         self._iterator: Iterator | None = None
         self._held: list[dict[str, Any]] = []  # read ahead of the window
@@ -249,8 +252,9 @@ class SelfGeneratedTrainer(Preflight, SFTTrainer, ABC):
 
     def _drawn(self, places: list[Place]) -> list[Record]:
         start = time.perf_counter()
-        # Under the training's own bar, and gone with the window.
-        with progress(len(places), "contexts", hidden=self.args.disable_tqdm, leave=False) as bar:
+        # The bar is under the training's own, and gone with the window.
+        hidden = self.args.disable_tqdm
+        with progress(len(places), "contexts", hidden=hidden, leave=False) as bar, whole_weights(self.model):
             self._done = bar.update
             rows = self.draw(places)
         records = [

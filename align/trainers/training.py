@@ -274,7 +274,7 @@ def _train_alone(
     tokenizer = load_tokenizer(model["path"], trust_remote_code=model.get("trust_remote_code", False))
     fingerprint = base_fingerprint(base)
     trainer = build(base, tokenizer, working)
-    checkpoint = last_whole_checkpoint(working, trainer.args)
+    checkpoint = last_whole_checkpoint(working, trainer.args, trainer.is_fsdp_enabled)
     if checkpoint is not None:
         check_checkpoint(checkpoint, working)
     with run_of_its_own(trainer.args.report_to):
