@@ -172,7 +172,8 @@ def tokenize(
 
     Example: align tokenize preferences.jsonl tokenized.jsonl --model data/tiny-arithmetic/model
     """
-    from .models import load_tokenizer, model_identity
+    from .identity import model_identity
+    from .models import load_tokenizer
     from .preferences import tokenize_pairs
 
     check_apart(source, out)

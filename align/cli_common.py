@@ -30,7 +30,7 @@ def print_counts(counts: dict) -> None:
 
 def identity(model: str, dtype: str | None, quantization: str | None, **adapters: str | None) -> dict:
     """What an output depends on besides its inputs, for its manifest."""
-    from .models import model_identity
+    from .identity import model_identity
 
     found = {name: model_identity(path) if path else None for name, path in {"model": model, **adapters}.items()}
     return {**found, "dtype": dtype, "quantization": quantization}

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from .atomic import atomic_path
 from .errors import ConfigError, ModelMismatchError
+from .identity import model_identity
 from .locks import locked
-from .models import load_model, load_tokenizer, model_identity
+from .models import load_model, load_tokenizer
 from .progress import is_shown
 from .stages import is_complete, write_manifest
 

@@ -119,7 +119,7 @@ class Chain:
 
     def identity(self, **others: str | Path) -> dict[str, Any]:
         """What an output depends on besides its inputs: the model, and the folders of further ones."""
-        from .models import model_identity
+        from .identity import model_identity
 
         paths = {"model": self.config.model["path"], **others}
         return {name: model_identity(path) for name, path in paths.items()} | {"options": _options(self.config.model)}

@@ -46,7 +46,7 @@ class Teaching:
 
     def teacher(self) -> dict[str, Any]:
         """Arguments of `align.load_model`: of the teacher that is given, or of one that is trained now."""
-        from .models import model_identity
+        from .identity import model_identity
         from .trainers.training import train_sft
 
         given = self.config.teacher

@@ -134,15 +134,15 @@ base_files = st.one_of(
 @target(st.tuples(base_files, base_files))
 def adapters(folder, value):
     """An adapter's note of its base, and the header of a large weight file."""
-    from align import models
+    from align import identity, models
 
     note, header = value
     (folder / "align_base.json").write_bytes(note)
     with suppress(AlignError):
         models._check_base_file(str(folder), "a.b.c", base_model())
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    whole, models.WHOLE = models.WHOLE, 0
+    whole, identity.WHOLE = identity.WHOLE, 0
     try:
-        assert models.model_identity(folder)
+        assert identity.model_identity(folder)
     finally:
-        models.WHOLE = whole
+        identity.WHOLE = whole

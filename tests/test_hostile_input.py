@@ -14,7 +14,8 @@ from align.demonstrations import load_demonstrations
 from align.errors import AlignError, ConfigError, MissingColumnError, ModelMismatchError, RecordError, RecordFileError
 from align.evaluate import evaluate_verdicts, preference_accuracy
 from align.export import check_format, export_completions
-from align.models import _check_base_file, model_identity
+from align.identity import model_identity
+from align.models import _check_base_file
 from align.pair import pair, select_pairs
 from align.preferences import tokenize_pairs
 from align.records import check_ids, check_records, read_records, write_records
@@ -246,7 +247,7 @@ def test_notes_beside_weights(tmp_path, monkeypatch):
     (tmp_path / "align_base.json").write_text('{"fingerprint": [], "name": "x"}')
     with pytest.raises(ModelMismatchError, match="not readable"):
         _check_base_file(str(tmp_path), "a.b.c", None)
-    monkeypatch.setattr("align.models.WHOLE", 0)
+    monkeypatch.setattr("align.identity.WHOLE", 0)
     for header in (b"4", b'{"x": {}}', b'{"x": {"data_offsets": [0, 99999]}}', b"[" * 90_000):
         (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
         with pytest.raises(AlignError, match="no safetensors file"):

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from align import config
 from align.errors import ModelLoadError, RecordError, RecordFileError
+from align.identity import model_identity
 from align.merge import merge_adapter
-from align.models import is_adapter, load_adapters, load_model, load_tokenizer, model_identity
+from align.models import is_adapter, load_adapters, load_model, load_tokenizer
 from align.scoring.guidance import load_guide
 from align.sources import load_rows
 from align.tokens import encode_prompt

@@ -9,7 +9,7 @@ from conftest import random_pairs, tiny_llama
 from oracles import completion_logps, contrastive_score
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from align import models
+from align import identity
 from align.errors import ConfigError, ModelLoadError, ModelMismatchError, RecordError
 from align.logps import batches_by_length, token_logps
 from align.models import BASE_FILE, base_fingerprint, load_adapters, load_model, same_base, write_base_file
@@ -160,7 +160,7 @@ def test_an_adapter_is_the_same_in_whatever_order_its_modules_were_written(tmp_p
     identities = []
     for names in (["q_proj", "v_proj"], ["v_proj", "q_proj"], ["q_proj", "k_proj"]):
         (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "target_modules": names}))
-        identities.append(models.model_identity(tmp_path))
+        identities.append(identity.model_identity(tmp_path))
     assert identities[0] == identities[1] != identities[2]
 
 
@@ -168,17 +168,17 @@ def test_a_change_anywhere_in_the_weights_is_another_model(tmp_path, monkeypatch
     """Also in a file too large to be read whole, and deep inside of it."""
     model = tiny_llama()
     model.save_pretrained(tmp_path / "a")
-    for whole in (models.WHOLE, 0):
-        monkeypatch.setattr(models, "WHOLE", whole)
-        first = models.model_identity(tmp_path / "a")
+    for whole in (identity.WHOLE, 0):
+        monkeypatch.setattr(identity, "WHOLE", whole)
+        first = identity.model_identity(tmp_path / "a")
         for i, name in enumerate(("layers.0.mlp.up_proj", "layers.1.self_attn.v_proj", "layers.1.mlp.down_proj")):
             changed = copy.deepcopy(model)
             with torch.no_grad():
                 changed.model.get_submodule(name).weight += 0.01
             changed.save_pretrained(tmp_path / str(i))
-            assert models.model_identity(tmp_path / str(i)) != first, name
+            assert identity.model_identity(tmp_path / str(i)) != first, name
         model.save_pretrained(tmp_path / "b")
-        assert models.model_identity(tmp_path / "b") == first
+        assert identity.model_identity(tmp_path / "b") == first
     (tmp_path / "b/model.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(ModelLoadError, match="no safetensors file"):
-        models.model_identity(tmp_path / "b")
+        identity.model_identity(tmp_path / "b")

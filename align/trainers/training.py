@@ -19,8 +19,9 @@ from trl import SFTConfig, SFTTrainer
 
 from ..atomic import failed_write, sync, write_error
 from ..errors import AlignError, ConfigError, MissingColumnError, RecordError, RecordFileError
+from ..identity import model_identity
 from ..locks import locked, remove_temporaries
-from ..models import base_fingerprint, load_model, load_tokenizer, model_identity, vocab_size, write_base_file
+from ..models import base_fingerprint, load_model, load_tokenizer, vocab_size, write_base_file
 from ..processes import process_state, together
 from ..record_file import Derived
 from ..records import Record, check_records

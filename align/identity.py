@@ -1,0 +1,64 @@
+"""What tells a model or adapter apart from another, for manifests and caches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from .errors import ModelLoadError
+
+#: Bytes of a weight file that is still hashed whole; bytes of a strip of a tensor of a larger one, and how many there are.
+WHOLE, STRIP, STRIPS = 1 << 26, 1 << 16, 3
+
+
+def _ordered(adapter_config: bytes) -> bytes:
+    """PEFT holds names of modules as a set, and writes them in another order in every process."""
+    try:
+        settings = json.loads(adapter_config)
+        names = settings["target_modules"]
+        return json.dumps(settings | {"target_modules": sorted(names) if isinstance(names, list) else names}).encode()
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return adapter_config
+
+
+def model_identity(path: str | Path) -> str:
+    """What tells a model or adapter apart in a manifest: its hub name, or a hash of its configuration, tokenizer and weights.
+
+    Files of up to 64 MiB are read whole. Of a larger one, every tensor is looked at: whole, or in strips from its
+    beginning, middle and end.
+
+    Raises:
+        ModelLoadError: a large weight file is no safetensors file.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return str(path)
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json"), *folder.glob("tokenizer*.json")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with open(file, "rb") as stream:
+            if size <= WHOLE or file.suffix != ".safetensors":
+                content = stream.read()
+                digest.update(_ordered(content) if file.name == "adapter_config.json" else content)
+                continue
+            header = stream.read(min(size, int.from_bytes(stream.read(8), "little")))
+            digest.update(header)
+            start = stream.tell()
+            try:
+                places = {
+                    name: tensor["data_offsets"]
+                    for name, tensor in json.loads(header).items()
+                    if name != "__metadata__"
+                }
+                if not all(0 <= low <= high <= size for low, high in places.values()):
+                    raise ValueError("a tensor lies outside the file")
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                raise ModelLoadError(f"{file} is no safetensors file, or a part of one; fetch it again") from None
+            for _, (low, high) in sorted(places.items()):
+                last = max(low, high - STRIP)
+                for place in sorted({low + (last - low) * i // (STRIPS - 1) for i in range(STRIPS)}):
+                    stream.seek(start + place)
+                    digest.update(stream.read(min(STRIP, high - place)))
+    return digest.hexdigest()
