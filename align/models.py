@@ -253,8 +253,8 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftMo
                 warnings.filterwarnings("error", "Found missing adapter keys")  # they would be random
                 if wrapped is None:
                     wrapped = PeftModel.from_pretrained(model, path, adapter_name=name)
-                else:
-                    wrapped.load_adapter(path, adapter_name=name)
+                elif missing := wrapped.load_adapter(path, adapter_name=name).missing_keys:
+                    raise KeyError(f"{missing[0]} is not among its weights")
         except (ModelLoadError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - as of a model's

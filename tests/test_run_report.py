@@ -120,7 +120,7 @@ def plain(text):
 
 def drawn_lines(text):
     """Lines of all charts: name of the chart -> name of the line -> points."""
-    found = re.findall(r'aria-label="([^"]+) against steps" data-lines="([^"]+)"', text)
+    found = re.findall(r'aria-label="([^"]+) against steps[^"]*" data-lines="([^"]+)"', text)
     return {
         html.unescape(name): {each["name"]: each["points"] for each in json.loads(html.unescape(lines))}
         for name, lines in found
@@ -375,11 +375,6 @@ def test_refusals(run, tmp_path):
         inspect_run(tmp_path / "empty")
     with pytest.raises(ConfigError, match="limit=0"):
         inspect_run(run, limit=0)
-    for name in ("scored.jsonl", "summary.json", "cdpo/trainer_state.json"):
-        before = (run / name).read_bytes()
-        with pytest.raises(ConfigError, match=f"{name}: a file of the run, which the page would replace"):
-            inspect_run(run, run / "cdpo" / ".." / name)
-        assert (run / name).read_bytes() == before
     (tmp_path / "taken").mkdir()
     with pytest.raises(RecordFileError, match="taken"):
         inspect_run(run, tmp_path / "taken")

@@ -8,11 +8,13 @@ import torch
 from conftest import tiny_llama
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_run_report import make_run
 from test_safety import change, load
 
 from align.errors import ConfigError, ModelLoadError, ModelMismatchError
 from align.models import load_adapters, load_tokenizer
 from align.report import inspect_pairs
+from align.run_report import inspect_run
 from align.safety import plain_name
 
 
@@ -153,3 +155,12 @@ def test_a_page_holds_text_as_text(tmp_path, folder):
     page = (tmp_path / "page.html").read_text()
     assert "<img" not in page and page.count("</script>") == page.count("<script")
     assert "innerHTML" not in page and "default-src 'none'" in page
+
+
+@pytest.mark.parametrize("name", ["scored.jsonl", "summary.json", "cdpo/trainer_state.json"])
+def test_a_page_never_replaces_a_file_of_its_run(tmp_path, name):
+    make_run(tmp_path / "run")
+    before = (tmp_path / "run" / name).read_bytes()
+    with pytest.raises(ConfigError, match=f"{name}: a file of the run, which the page would replace"):
+        inspect_run(tmp_path / "run", tmp_path / "run" / "cdpo" / ".." / name)
+    assert (tmp_path / "run" / name).read_bytes() == before
