@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from inspect import signature
@@ -72,7 +73,7 @@ def load_model(
 
     Raises:
         ConfigError: unknown dtype or quantization.
-        ModelLoadError: there is no model in safetensors at `path`, or it needs code of its own.
+        ModelLoadError: there is no model in safetensors at `path`, not all of it, or it needs code of its own.
         ModelMismatchError: the adapter does not belong to the base.
     """
     import torch
@@ -100,11 +101,13 @@ def load_model(
         kwargs["attn_implementation"] = attn_implementation
     try:
         with no_pickles(path):
-            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    except ModelLoadError:
+            model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    except (ModelLoadError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - of a damaged configuration or weight file, it raises nearly everything
         raise ModelLoadError(_not_loaded(path, "model", error)) from error
+    if missing := sorted(found["missing_keys"]):
+        raise ModelLoadError(f"{path}: {missing[0]} is not among its weights and would be random; fetch it again")
     if quantized is None:
         model = model.to(process.device)
     keep_trainable(model)
@@ -132,7 +135,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - as of a model's
         raise ModelLoadError(_not_loaded(path, "tokenizer", error)) from error
     check_templates(tokenizer, path)
     if tokenizer.eos_token_id is None:
@@ -244,6 +247,7 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftMo
         ModelMismatchError: an adapter was trained on another base: its recorded fingerprint differs, its weights have
             other shapes, or the base lacks the layers it adapts.
     """
+    import torch
     from peft import PeftModel
 
     fingerprint = base_fingerprint(model)
@@ -251,16 +255,15 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftMo
     for name, path in adapters.items():
         _check_base_file(path, fingerprint, model)
         try:
-            with no_pickles(path):
+            with no_pickles(path), warnings.catch_warnings():
+                warnings.filterwarnings("error", "Found missing adapter keys")  # they would be random
                 if wrapped is None:
                     wrapped = PeftModel.from_pretrained(model, path, adapter_name=name)
-                else:
-                    wrapped.load_adapter(path, adapter_name=name)
-        except ModelLoadError:
+                elif missing := wrapped.load_adapter(path, adapter_name=name).missing_keys:
+                    raise KeyError(f"{missing[0]} is not among its weights")
+        except (ModelLoadError, MemoryError, torch.OutOfMemoryError):
             raise
-        except (RuntimeError, ValueError, KeyError) as error:
-            if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
-                raise
+        except Exception as error:  # noqa: BLE001 - as of a model's
             reason = str(error).strip().splitlines()
             raise ModelMismatchError(
                 f"adapter {path} does not fit the base {model.config._name_or_path}: {' '.join(reason[:3])}; "

@@ -84,6 +84,8 @@ class Run:
     evaluation: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    #: All of its files, but for what unfinished stages have in folders of theirs.
+    files: list[str] = field(default_factory=list)
     #: Files of records, in the order of their stages.
     records: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -102,6 +104,7 @@ def read_run(folder: str | os.PathLike) -> Run:
     if not run.folder.is_dir():
         raise RecordFileError(f"{folder}: no such folder; give the --output of a recipe")
     files, unfinished = _walk(run)
+    run.files = files
     manifests = [name for name in files if name.endswith(MANIFEST) and not name.endswith(SETTINGS + MANIFEST)]
     run.stages = _finished(run, manifests) + [_unfinished(run, name) for name in unfinished]
     for name in files:

@@ -50,12 +50,13 @@ def inspect_run(
 
     Raises:
         RecordFileError: there is no run in the folder, or the page cannot be written.
-        ConfigError: `limit` is below 1.
+        ConfigError: `limit` is below 1, or the page would replace a file of the run.
     """
     if limit < 1:
         raise ConfigError(f"limit={limit} would show no example; give at least 1")
     run = read_run(folder)
     out_path = run.folder / "run.html" if out_path is None else Path(out_path)
+    _check_page(run, out_path)
     histograms: list[dict[str, Any]] = []
     examples: list[tuple[str, list[Record], tuple[str, ...], list[str], int]] = []
     for name in watched(run.records, "inspect run", unit=" files"):
@@ -83,6 +84,15 @@ def inspect_run(
         # A lone surrogate, as JSON can hold one, is no text that could be written.
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     return out_path, run.problems
+
+
+def _check_page(run: Run, out_path: Path) -> None:
+    """Refuses a page that would replace what it tells of; another page of the run it may replace."""
+    files = {os.path.realpath(run.folder / name) for name in run.files if not name.endswith(".html")}
+    if os.path.realpath(out_path) in files:
+        raise ConfigError(
+            f"{out_path}: a file of the run, which the page would replace; give another name, ending in .html"
+        )
 
 
 def _compare(run: Run, sampled: Sampled) -> None:

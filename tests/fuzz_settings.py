@@ -1,14 +1,16 @@
-"""Targets that are no records: manifests and parts of stages, configurations, vocabularies, and what lies beside weights."""
+"""Targets that are no records: manifests and parts of stages, folders of runs, configurations, vocabularies, what lies beside weights."""
 
 from __future__ import annotations
 
+import html
 import json
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import fuzzing as fz
-from fuzz_targets import ROOT, base_model, put, target, tokenizer
+import pytest
+from fuzz_targets import ROOT, base_model, put, rows_in, target, tokenizer
 from hypothesis import strategies as st
 
 from align.errors import AlignError
@@ -62,6 +64,57 @@ def stages(folder, value):
     assert isinstance(counts, dict)
     if not complete:
         assert counts["rows"] == len(read_records(out)) >= 2 and is_complete(out, "t", {"a": 1})
+
+
+states = st.one_of(
+    manifests,
+    st.tuples(fz.json_values, fz.numbers, st.lists(st.dictionaries(st.sampled_from(["step", "loss", "eval_loss", "rewards/chosen", ""]), fz.scalars), max_size=4))
+    .map(lambda v: json.dumps({"max_steps": v[0], "global_step": v[1], "log_history": v[2]}).encode()),
+)  # fmt: skip
+summaries = st.one_of(
+    manifests,
+    st.tuples(st.dictionaries(fz.texts, st.dictionaries(st.sampled_from(["n", "pass@1", "corrections"]), st.one_of(
+        st.dictionaries(st.sampled_from(["value", "low", "high"]), fz.numbers), fz.scalars)), max_size=2), fz.json_values)
+    .map(lambda v: json.dumps({"scores": v[0], "table": v[1], "counts": v[1]}).encode()),
+)  # fmt: skip
+
+#: What may lie in a run's folder.
+run_files = st.fixed_dictionaries(
+    {"scored.jsonl": fz.jsonl_bytes("pair", 2)},
+    optional={
+        "scored.jsonl.manifest.json": manifests | finished_manifests,
+        "traces.jsonl": fz.jsonl_bytes("trace", 2),
+        "old.parquet": fz.parquet_bytes("pair"),
+        "summary.json": summaries,
+        "test/base-verdicts.jsonl": fz.jsonl_bytes("verdict", 2),
+        "test/base-verdicts.jsonl.manifest.json": finished_manifests,
+        "dpo/trainer_state.json": states,
+        "dpo/README.md": st.binary(max_size=60) | fz.texts.map(lambda t: f"### Framework versions\n- TRL: {t}".encode("utf-8", "replace")),
+        "cdpo.training/checkpoint-2/trainer_state.json": states,
+        "cdpo.training.settings.manifest.json": manifests,
+        "drawn.jsonl.parts/settings.json": manifests,
+    },
+)  # fmt: skip
+
+
+@target(run_files)
+def run_folder(folder, value):
+    """A folder has a page or is no run; every file of token-level numbers is on the page with all its rows, or named as damaged."""
+    from align.run_report import inspect_run
+
+    for name, data in value.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        put(folder, (name, data))
+    path, problems = inspect_run(folder, tokenizer=tokenizer())
+    assert {name for name in value if (folder / name).read_bytes() != value[name]} == set(), "a run's file was changed"
+    page = path.read_text(encoding="utf-8")
+    text = html.unescape(page)
+    assert all(problem.encode("utf-8", "backslashreplace").decode() in text for problem in problems)
+    block = page.partition('type="application/json" id="data">')[2].partition("</script>")[0]
+    for shown in json.loads(block, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) if block else ():
+        about = [problem for problem in problems if problem.startswith(shown["name"])]
+        if all("has no manifest" in problem for problem in about):
+            assert f"of the {rows_in(folder / shown['name']):,} rows" in shown["about"]
 
 
 @cache

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import fuzzing as fz
@@ -24,6 +25,7 @@ from conftest import byte_level_tokenizer
 from hypothesis import strategies as st
 
 from align.errors import AlignError
+from align.record_file import RecordFile
 from align.records import REQUIRED, check_ids, check_records, read_records, write_records
 
 ROOT = Path(__file__).parent.parent
@@ -114,11 +116,11 @@ kinds = st.sampled_from([None, *REQUIRED])
 
 @target(st.tuples(fz.record_files(), kinds, st.sampled_from(["out.jsonl", "out.parquet"])))
 def records(folder, value):
-    """Reading keeps every row; writing what was read gives it back."""
+    """Reading keeps every row, be it at once or row by row; writing what was read gives it back."""
     file, kind, out = value
     path = put(folder, file)
     rows = read_records(path, kind)
-    assert len(rows) == rows_in(path)
+    assert len(rows) == rows_in(path) and same(list(RecordFile(path, kind)), rows)
     assert all(isinstance(row, dict) for row in rows)
     write_records(folder / out, rows)
     assert same(read_records(folder / out), rows)
@@ -252,17 +254,16 @@ def pair(folder, value):
     ]
     dropped = sum(counts[f"completions_{r}"] for r in ("no_answer", "truncated", "empty"))
     assert counts["completions"] == len(rows) == len(usable) + dropped
+    # Of every problem, the answers of its right completions and of its wrong ones.
+    right, wrong = ({r["id"]: [] for r in rows} for _ in range(2))
+    for row in usable:
+        (right if row["correct"] else wrong)[row["id"]].append(canonical_answer(row["extracted"]))
+    made = {name: min(len(right[name]), len(set(wrong[name])), per_problem) for name in right}
+    assert counts["problems"] == len(right) and counts["pairs"] == sum(made.values())
     without = sum(counts[f"problems_without_{side}"] for side in ("correct", "wrong", "either"))
-    assert (
-        counts["problems"]
-        == len({r["id"] for r in rows})
-        == without
-        + len(
-            {p["id"].split("#")[0] for p in pairs}
-            if all("#" not in r["id"] for r in rows)
-            else range(counts["problems"] - without)
-        )
-    )
+    assert without == sum(not pairs for pairs in made.values())
+    for found, answers in ((positive, right), (negative, wrong)):
+        assert {row["id"] for row in found} == {name for name in answers if answers[name]}
 
 
 @target(
@@ -280,7 +281,9 @@ def evaluate(folder, value):
         assert preference_accuracy(rows)["n"] == len(rows)
         return
     result = evaluate_verdicts(rows, ks)
-    assert result["n"] == len({row["id"] for row in rows})
+    of_problem = {row["id"]: [other["correct"] for other in rows if other["id"] == row["id"]] for row in rows}
+    assert result["n"] == len(of_problem)
+    assert math.isclose(result["pass@1"]["value"], fmean(map(fmean, of_problem.values())), abs_tol=1e-9)
     metrics = {name: m for name, m in result.items() if isinstance(m, dict)}
     assert all(
         0 <= m["low"] <= m["value"] + 1e-9 and m["value"] <= m["high"] + 1e-9 <= 1 + 1e-9 for m in metrics.values()

@@ -104,8 +104,8 @@ prompts = st.one_of(
 def valid_rows(draw, kind: str) -> list[dict]:
     """A few records of a kind of `REQUIRED`, or of `preference`, `trace`, `solved` (problems with solutions), as stages write them."""
     rows = []
-    draws = draw(st.sampled_from([1, 2, 4])) if kind in ("sample", "verdict", "trace") else 1
-    for number in range(draw(st.integers(1, 4))):
+    draws = draw(st.sampled_from([4, 1, 2, 4])) if kind in ("sample", "verdict", "trace") else 1
+    for number in range(draw(st.integers(draws, 4))):
         row = {"id": f"p{number // draws}", "prompt": draw(prompts)}
         if kind in ("problem", "solved", "demonstration"):
             row["answer"] = draw(answers)
@@ -135,7 +135,7 @@ def valid_rows(draw, kind: str) -> list[dict]:
             row |= {"answer": draw(answers)}
             for column in draw(st.lists(st.sampled_from(TOKEN_COLUMNS), max_size=2, unique=True)):
                 shares = st.floats(0, 1) if column in ("ce_scores", "rollout_values") or draw(st.booleans()) else None
-                values = shares or st.floats(allow_nan=False, allow_infinity=False)
+                values = st.floats(allow_nan=False, allow_infinity=False) if shares is None else shares
                 for side in ("chosen", "rejected"):
                     size = len(row[f"{side}_ids"])
                     row[f"{side}_{column}"] = draw(st.lists(values, min_size=size, max_size=size))

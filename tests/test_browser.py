@@ -208,6 +208,45 @@ def test_the_run_page_changes_files_and_its_charts_answer(open_page, pages):
     assert settings.is_visible()
 
 
+def test_charts_answer_the_keyboard(open_page, pages):
+    page = open_page(pages["run"][0])
+    tip = page.locator("#chart-tip")
+    chart = page.locator("svg[data-lines]").first
+    chart.focus()
+    said = []
+    for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "ArrowLeft"):
+        page.keyboard.press(key)
+        said.append(tip.inner_text().split("\n")[0])
+    assert said == ["step 10", "step 20", "step 10", "step 10"]
+    page.keyboard.press("Escape")
+    assert not tip.is_visible()
+    page.keyboard.press("ArrowLeft")
+    assert tip.inner_text().split("\n") == ["step 60", "train 0.11667", "eval 0.25"]
+    page.locator("svg[data-bars]").first.focus()
+    assert not tip.is_visible()
+    page.keyboard.press("ArrowRight")
+    assert "% of chosen" in tip.inner_text()
+
+
+def test_a_lone_point_has_the_colour_of_its_name(open_page, pages):
+    page = open_page(pages["run"][0])
+    figure = page.locator("figure", has=page.locator("svg[data-lines]")).first
+    names = figure.locator(".names i").evaluate_all("each => each.map(i => getComputedStyle(i).backgroundColor)")
+    (dot,) = figure.locator("circle").evaluate_all("each => each.map(i => getComputedStyle(i).fill)")
+    assert dot == names[1] != names[0]
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_evaluation_is_all_on_the_screen(open_page, pages, width):
+    """With three metrics; on a phone, at least without its whiskers, and the rest by scrolling."""
+    page = open_page(pages["run"][0], viewport={"width": width, "height": 900})
+    box = page.locator("#evaluation .scroll")
+    room, needed = box.evaluate("box => [box.clientWidth, box.scrollWidth]")
+    assert page.locator("#evaluation td.whisk").first.is_visible() == (width > 1000)
+    assert needed <= room or width < 1000
+    assert page.locator("#evaluation td.n").first.inner_text() == "40"
+
+
 def test_a_hostile_run_stays_text(open_page, tmp_path):
     make_run(tmp_path / "run")
     for path in (tmp_path / "run").rglob("*"):

@@ -21,6 +21,7 @@ from align.preferences import tokenize_pairs
 from align.records import check_ids, check_records, read_records, write_records
 from align.report import inspect_pairs, inspect_traces
 from align.rsd import RSDConfig
+from align.run_report import inspect_run
 from align.sample import SampleConfig
 from align.select import good_traces
 from align.stages import is_complete, read_manifest, run_in_parts
@@ -266,3 +267,11 @@ def test_tokens_that_are_no_text():
 def test_preferences_without_a_prompt_need_messages(row):
     with pytest.raises(RecordError, match="row 1: chosen"):
         encode_pair(byte_level_tokenizer(chat=True), row, "row 1")
+
+
+def test_a_run_with_dates_that_python_lacks_has_a_page(tmp_path):
+    table = pyarrow.table({"id": ["a"], "when": pyarrow.array([2**30], pyarrow.date32())})
+    pyarrow.parquet.write_table(table, tmp_path / "old.parquet")
+    (tmp_path / "summary.json").write_text("{}")
+    page, problems = inspect_run(tmp_path)
+    assert page.exists() and any(problem.startswith("old.parquet: cannot be read") for problem in problems)

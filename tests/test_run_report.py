@@ -120,7 +120,7 @@ def plain(text):
 
 def drawn_lines(text):
     """Lines of all charts: name of the chart -> name of the line -> points."""
-    found = re.findall(r'aria-label="([^"]+) against steps" data-lines="([^"]+)"', text)
+    found = re.findall(r'aria-label="([^"]+) against steps[^"]*" data-lines="([^"]+)"', text)
     return {
         html.unescape(name): {each["name"]: each["points"] for each in json.loads(html.unescape(lines))}
         for name, lines in found

@@ -5,12 +5,16 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from conftest import tiny_llama
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_run_report import make_run
 from test_safety import change, load
 
-from align.errors import ConfigError, ModelLoadError
-from align.models import load_tokenizer
+from align.errors import ConfigError, ModelLoadError, ModelMismatchError
+from align.models import load_adapters, load_tokenizer
 from align.report import inspect_pairs
+from align.run_report import inspect_run
 from align.safety import plain_name
 
 
@@ -34,6 +38,62 @@ def test_an_index_within_its_folder_is_followed(folder):
     index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "shard.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert torch.equal(load(folder).lm_head.weight, weights["lm_head.weight"])
+
+
+@pytest.mark.parametrize("spoil", ["cut", "garbage", "missing", "shape"])
+def test_damaged_weights_are_refused_by_name(folder, spoil):
+    """A tensor that is not there would be made of random numbers, with a warning among others."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    if spoil in ("cut", "garbage"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if spoil == "cut" else b"x")
+    elif spoil == "missing":
+        save_file({key: tensor for key, tensor in weights.items() if key != name}, file, {"format": "pt"})
+    else:
+        save_file(weights | {name: weights[name][:1].clone()}, file, {"format": "pt"})
+    with pytest.raises(
+        ModelLoadError, match=f"{name} is not among its weights" if spoil == "missing" else "no model can be loaded"
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"hidden_size": "x"}, {"vocab_size": -1}, {"rope_parameters": {"rope_type": "x"}}, {"quantization_config": "x"}],
+)
+def test_a_damaged_configuration_is_refused_by_name(folder, values):
+    change(folder / "config.json", **values)
+    with pytest.raises(ModelLoadError, match="no model can be loaded from there"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [("tokenizer.json", "{}"), ("tokenizer_config.json", "[]"), ("tokenizer_config.json", '{"eos_token": {"a": 1}}')],
+)
+def test_a_damaged_tokenizer_is_refused_by_name(folder, name, text):
+    (folder / name).write_text(text)
+    with pytest.raises(ModelLoadError, match="no tokenizer can be loaded from there"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("spoil", ["cut", "missing", {"r": "x"}, {"target_modules": "("}])
+def test_a_damaged_adapter_is_refused_by_name(tmp_path, spoil):
+    adapter = tmp_path / "adapter"
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(tiny_llama(), config).save_pretrained(adapter)
+    whole = shutil.copytree(adapter, adapter.with_name("whole"))
+    file = adapter / "adapter_model.safetensors"
+    if spoil == "cut":
+        file.write_bytes(file.read_bytes()[:60])
+    elif spoil == "missing":
+        save_file(dict(list(load_file(file).items())[1:]), file, {"format": "pt"})
+    else:
+        change(adapter / "adapter_config.json", **spoil)
+    for first in ({}, {"first": str(whole)}):
+        with pytest.raises(ModelMismatchError, match="adapter .*adapter does not fit the base"):
+            load_adapters(tiny_llama(), first | {"one": str(adapter)})
 
 
 def test_templates_named_as_paths_are_refused(folder):
@@ -95,3 +155,12 @@ def test_a_page_holds_text_as_text(tmp_path, folder):
     page = (tmp_path / "page.html").read_text()
     assert "<img" not in page and page.count("</script>") == page.count("<script")
     assert "innerHTML" not in page and "default-src 'none'" in page
+
+
+@pytest.mark.parametrize("name", ["scored.jsonl", "summary.json", "cdpo/trainer_state.json"])
+def test_a_page_never_replaces_a_file_of_its_run(tmp_path, name):
+    make_run(tmp_path / "run")
+    before = (tmp_path / "run" / name).read_bytes()
+    with pytest.raises(ConfigError, match=f"{name}: a file of the run, which the page would replace"):
+        inspect_run(tmp_path / "run", tmp_path / "run" / "cdpo" / ".." / name)
+    assert (tmp_path / "run" / name).read_bytes() == before
