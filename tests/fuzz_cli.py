@@ -208,9 +208,10 @@ def _run(folder, value) -> None:
     model, tokens, adapted = base_model(), tokenizer(), _with_adapters()
     with ExitStack() as stack:
         replaced = {"load_model": _load_model, "load_tokenizer": lambda *_, **__: tokens,
-                    "load_adapters": lambda *_: adapted, "model_identity": str}  # fmt: skip
+                    "load_adapters": lambda *_: adapted}  # fmt: skip
         for name, substitute in replaced.items():
             stack.enter_context(patch.object(align.models, name, substitute))
+        stack.enter_context(patch("align.identity.model_identity", str))
         stack.enter_context(patch("align.trace.load_policies", _load_policies))
         stack.enter_context(patch("align.scoring.guidance.load_guide", lambda *_: (model, model, tokens)))
         stack.enter_context(patch("typer.main.get_command", _COMMAND))  # put together once: most of a call's time
