@@ -11,7 +11,7 @@ from align.processes import leave, process_state
 
 if __name__ == "__main__":
     talk_over_gloo()
-    trainer = build("cdpo", sys.argv[1], lora=True)
+    trainer = build("cdpo", sys.argv[1], lora=True, preflight=False)  # which would find it before the first step
     process, step = process_state(), trainer.compute_loss
     if named := sys.argv[2:]:
         parameter = dict(trainer.model.named_parameters())[named[0]]
