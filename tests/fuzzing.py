@@ -105,7 +105,7 @@ def valid_rows(draw, kind: str) -> list[dict]:
     """A few records of a kind of `REQUIRED`, or of `preference`, `trace`, `solved` (problems with solutions), as stages write them."""
     rows = []
     draws = draw(st.sampled_from([4, 1, 2, 4])) if kind in ("sample", "verdict", "trace") else 1
-    for number in range(draw(st.integers(draws, 4))):
+    for number in range(draw(st.integers(draws, 4 if draws == 1 else 8))):
         row = {"id": f"p{number // draws}", "prompt": draw(prompts)}
         if kind in ("problem", "solved", "demonstration"):
             row["answer"] = draw(answers)

@@ -25,7 +25,7 @@ COMMANDS = [name for name in TARGETS if name.startswith("align ")]
 
 #: Inputs of each target in a thousand: the readers most, what runs a model least.
 SHARES = {
-    "records": 130, "records_api": 30, "problems": 70, "preferences": 80, "demonstrations": 60, "verify": 60, "answers": 90,
+    "records": 100, "records_api": 60, "problems": 70, "preferences": 80, "demonstrations": 60, "verify": 60, "answers": 90,
     "pair": 60, "evaluate": 60, "export": 40, "inspect": 60, "stages": 40, "config": 30, "vocabulary": 20, "tokens": 42,
     "adapters": 30, "run_folder": 30,
 } | dict.fromkeys(COMMANDS, 4)  # fmt: skip
