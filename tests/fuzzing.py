@@ -104,7 +104,12 @@ prompts = st.one_of(
 def valid_rows(draw, kind: str) -> list[dict]:
     """A few records of a kind of `REQUIRED`, or of `preference`, `trace`, `solved` (problems with solutions), as stages write them."""
     rows = []
-    draws = draw(st.sampled_from([4, 1, 2, 4])) if kind in ("sample", "verdict", "trace") else 1
+    drawn = {
+        "sample": [1, 1, 2, 4],
+        "verdict": [4, 1, 2, 4],
+        "trace": [4, 1, 2, 4],
+    }  # a pair needs several, an export one
+    draws = draw(st.sampled_from(drawn.get(kind, [1])))
     for number in range(draw(st.integers(draws, 4 if draws == 1 else 8))):
         row = {"id": f"p{number // draws}", "prompt": draw(prompts)}
         if kind in ("problem", "solved", "demonstration"):
