@@ -84,7 +84,7 @@ def test_mistakes_in_a_configuration_are_named(tmp_path):
         Chain(read_config(TINY, ["sample.temprature=1"]), tmp_path)
     for override, words in (
         ("methods.cdpo.args.lerning_rate=1", "lerning_rate: no field of CDPOConfig"),
-        ("methods.sft.args.max_step=1", "max_step: no field of SFTConfig"),
+        ("methods.sft.args.max_step=1", "max_step: no field of GuardedSFTConfig"),
         ("methods.cdpo.lora={rank: 4}", "cdpo: .*rank"),
         ("methods.sft.bar=1", "'methods.sft': unknown bar"),
         ("methods.dpo=5", "'methods.dpo': 5 must be a mapping"),

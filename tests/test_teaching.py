@@ -61,7 +61,7 @@ def test_mistakes_in_the_sections_are_named(tmp_path):
         ("teacher={}", "'teacher' is missing"),
         ("teacher=5", "'teacher': 5 must be a mapping"),
         ("teacher={lora: {}}", "'teacher': args is missing"),
-        ("teacher.args.max_step=1", "max_step: no field of SFTConfig"),
+        ("teacher.args.max_step=1", "max_step: no field of GuardedSFTConfig"),
         ("teacher.model={dtype: float32}", "'teacher.model': path is missing"),
         ("teacher.problems={limit: 3}", "'teacher.problems': source is missing"),
         ("teacher={path: x, dtpe: float32}", "'teacher': unknown dtpe"),

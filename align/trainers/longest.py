@@ -38,6 +38,12 @@ def collate(trainer: Trainer, places: Sequence[int]) -> tuple[list[dict[str, Any
     return list(some), trainer.data_collator(list(trainer._remove_unused_columns(some)))
 
 
+def longest_rows(trainer: Trainer) -> list[int]:
+    """Where the rows of the training data lie that have most `input_ids`, as many as are in a batch."""
+    lengths = lengths_of(trainer.train_dataset, ("input_ids",))["input_ids"]
+    return numpy.argsort(-lengths, kind="stable")[: trainer._train_batch_size].tolist()
+
+
 def row_id(row: dict[str, Any], place: int) -> str:
     return str(row.get("id") or f"row {place}")
 

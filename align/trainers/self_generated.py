@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy
 from accelerate.utils import broadcast_object_list, gather_object
 from trl import SFTConfig, SFTTrainer
 
@@ -29,9 +28,8 @@ from ..progress import progress
 from ..rac import CorrectionSettings, draw_corrections, longest_correction
 from ..records import Record, read_records, write_records
 from ..safety import no_pickles
-from .longest import LongestBatch, collate, row_id
+from .longest import LongestBatch, collate, longest_rows, row_id
 from .preflight import Preflight
-from .row_data import lengths_of
 from .sharding import check_sharding
 from .trackers import check_trackers
 from .whole_weights import whole_weights
@@ -182,8 +180,7 @@ class SelfGeneratedTrainer(Preflight, SFTTrainer, ABC):
         return source
 
     def longest_batches(self) -> list[LongestBatch]:
-        lengths = lengths_of(self.train_dataset, ("input_ids",))["input_ids"]
-        longest = numpy.argsort(-lengths, kind="stable")[: self._train_batch_size].tolist()
+        longest = longest_rows(self)
         rows, inputs = collate(self, longest)
         names = [row_id(row, place) for row, place in zip(rows, longest, strict=True)]
         sources = [place.source for place in self._places(self.state.global_step, 0, inputs)]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from ..atomic import failed_write, sync, write_error
 from ..errors import AlignError, ConfigError, MissingColumnError, RecordError, RecordFileError
@@ -30,23 +30,13 @@ from ..stages import is_complete, manifest_path, read_manifest, records_hash, sa
 from ..tokens import check_row_ids
 from .cdpo import CDPOTrainer
 from .checkpoints import check_processes, last_whole_checkpoint, mean_loss
-from .guards import FiniteGuard
 from .preflight import FILE as PREFLIGHT
 from .row_data import dataset_on_disk
 from .self_generated import BASHConfig, BASHTrainer, RACConfig, RACTrainer
-from .sharding import check_sharding
+from .sft import GuardedSFTConfig, GuardedSFTTrainer
 from .tgdpo import TGDPOTrainer
 from .token_dpo import TokenDPOTrainer
 from .trackers import check_trackers, move_events, run_of_its_own
-
-
-class GuardedSFTTrainer(FiniteGuard, SFTTrainer):
-    """TRL's, which stops where a loss or gradient is not finite."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        check_sharding(self)
-
 
 #: Preference methods by the name a configuration gives them. DPO is the token trainer with all weights 1, whatever weights
 #: the pairs carry.
@@ -59,7 +49,7 @@ PREFERENCE_TRAINERS = {
 
 #: Methods that train on demonstrations, by the name a configuration gives them.
 SFT_TRAINERS = {
-    "sft": (SFTConfig, GuardedSFTTrainer),
+    "sft": (GuardedSFTConfig, GuardedSFTTrainer),
     "bash": (BASHConfig, BASHTrainer),
     "rac": (RACConfig, RACTrainer),
 }
@@ -132,7 +122,7 @@ def train_sft(
             its `dtype`, and `bf16=True` computes in bfloat16.
         demonstrations: a list or a `RecordFile` of records with `prompt_ids` and `completion_ids`; nothing is tokenized again.
         out_dir: where the adapter (or, without `lora`, the model) and its tokenizer are saved.
-        args: fields of `trl.SFTConfig`, `BASHConfig` or `RACConfig`.
+        args: fields of `trl.SFTConfig`, `BASHConfig` or `RACConfig`, and `preflight`.
         lora: fields of `peft.LoraConfig`; `None` trains all weights.
         method: `sft`, TRL's `SFTTrainer`; `bash` or `rac`, on the model's own tokens.
 
