@@ -104,8 +104,9 @@ def test_a_quantized_base(tmp_path, tokenizer, model_dir):
         found.append(batch_loss(trainer, mixed_pairs()))
     (loss, grads), (expected_loss, expected) = found
     assert loss == pytest.approx(expected_loss, rel=1e-5)
-    # TRL keeps the adapters of a quantized base in bfloat16, and so are their gradients: equal but for their last bit.
-    assert_close(loss, grads, expected_loss, expected, 2**-8)
+    # TRL keeps the adapters of a quantized base in bfloat16, and so are their gradients: equal but for their last bit, which
+    # is up to 2^-7 of a number; on which CPU it differs hangs on its kernels.
+    assert_close(loss, grads, expected_loss, expected, 2**-7)
 
 
 def test_flex_attention_evaluates_the_same(tmp_path, tokenizer):

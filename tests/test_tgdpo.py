@@ -84,7 +84,7 @@ def test_alpha_zero_is_dpo(tmp_path, model_dir, tokenizer, loss_type):
         policy, ref_model=reference, args=DPOConfig(**options(tmp_path, **settings)),
         processing_class=tokenizer, train_dataset=Dataset.from_list(text),
     )  # fmt: skip
-    assert_close(loss, grads, *batch_loss(theirs, text), 1e-6)
+    assert_close(loss, grads, *batch_loss(theirs, text), 1e-5)  # 1.2e-6 on one CPU, under 1e-6 on another
     rewards = ours._metrics["train"]
     assert rewards["rewards/chosen_unweighted"][-1] == pytest.approx(rewards["rewards/chosen"][-1], abs=1e-5)
 

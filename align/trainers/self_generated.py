@@ -157,12 +157,12 @@ class SelfGeneratedTrainer(Preflight, SFTTrainer, ABC):
         keep_trainable(self.model)  # contexts are drawn in eval mode
         if self._is_vision_dataset:
             raise ConfigError(f"{type(self).__name__} does not know images; use text data")
-        check_sharding(self)
         if self.is_deepspeed_enabled:
             raise ConfigError(
                 f"{type(self).__name__} draws with the whole model in every process; DeepSpeed, which shards it, is not "
                 "supported: launch with recipes/accelerate/ddp.yaml or fsdp2.yaml"
             )
+        check_sharding(self)
         self._iterator: Iterator | None = None
         self._held: list[dict[str, Any]] = []  # read ahead of the window
         self._ready: list[dict[str, Any]] = []  # micro-batches of the window that are still to be trained on
