@@ -7,24 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_pairs
 from safetensors.torch import save_file
-from test_crash import run
+from test_crash import ARGS, ROWS, run
 
 from align.errors import ConfigError, RecordFileError
 from align.merge import merge_adapter
 from align.stages import is_complete, write_manifest
 from align.trainers.checkpoints import checkpoint_damage, last_whole_checkpoint
 from align.trainers.training import train_sft
-
-ARGS = {
-    "max_steps": 4, "per_device_train_batch_size": 2, "bf16": False, "gradient_checkpointing": False, "save_steps": 1,
-    "disable_tqdm": True, "logging_steps": 1,
-}  # fmt: skip
-ROWS = [
-    {"id": p["id"], "prompt": "x", "completion": "y", "prompt_ids": p["prompt_ids"], "completion_ids": p["chosen_ids"]}
-    for p in random_pairs(6)
-]
 
 
 def test_a_finished_training_whose_weights_are_damaged_is_refused(tmp_path):
