@@ -110,28 +110,31 @@ class _FirstStep(Exception):
 def train(method: str, folder: Path, pairs: Path, out: Path, max_tokens: int | None) -> dict[str, object]:
     """`train_preference` up to the end of its first step."""
     watch = Stopwatch()
-    from transformers import Trainer
-
     from align import RecordFile, train_preference
+    from align.trainers.preflight import Preflight
 
     watch.lap("start")
     rows = RecordFile(pairs, "pair")
     watch.lap("open and check")
-    step = Trainer.training_step
+    preflight, step = Preflight.run_preflight, Preflight.training_step
 
     def first_step(self, *args, **kwargs):
-        watch.lap("set up")
         step(self, *args, **kwargs)
         watch.lap("first step")
         raise _FirstStep
 
-    Trainer.training_step = first_step
+    def before_it(self):
+        watch.lap("set up")
+        preflight(self)
+        watch.lap("preflight")
+        Preflight.training_step = first_step
+
+    Preflight.run_preflight = before_it
     args = {
         "max_steps": 2,
         "per_device_train_batch_size": 8,
         "max_tokens_per_batch": max_tokens,
         "check_reference": True,
-        "preflight": False,
     }
     try:
         train_preference(method, {"path": str(folder), "dtype": "float32"}, rows, out, args=args, lora={"r": 2})

@@ -20,8 +20,9 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
 
 
-def gib(number: float) -> str:
-    return f"{number / GIB:.2f} GiB"
+def in_words(number: float) -> str:
+    """A number of bytes, in MiB below one GiB."""
+    return f"{number / GIB:.2f} GiB" if number >= GIB else f"{number / (1 << 20):.1f} MiB"
 
 
 def optimizer_states(optimizer: Any) -> dict[torch.device, int] | None:

@@ -24,7 +24,7 @@ from ..logps import length_dependent
 from ..processes import together
 from .guards import FiniteGuard
 from .longest import LongestBatch
-from .memory import MemoryMeter, gib, optimizer_states, out_of_memory
+from .memory import MemoryMeter, in_words, optimizer_states, out_of_memory
 from .token_budget import metrics_aside
 
 logger = get_logger(__name__)
@@ -225,22 +225,24 @@ def summary(report: dict[str, Any]) -> str:
     for part in report["memory"]:
         if part["device"] != "process":
             parts.append(
-                f"{gib(part['peak'])} of {part['device']}'s {gib(part['total'])} at most ({gib(part['before'])} before, "
-                f"{gib(part['reserved'])} reserved)"
+                f"{in_words(part['peak'])} of {part['device']}'s {in_words(part['total'])} at most ({in_words(part['before'])} before, "
+                f"{in_words(part['reserved'])} reserved)"
             )
         elif part["peak"] is None:
             parts.append("memory that this system does not count")
         elif part["grown"]:
-            parts.append(f"raised the peak of the process's memory by {gib(part['grown'])} to {gib(part['peak'])}")
+            parts.append(
+                f"raised the peak of the process's memory by {in_words(part['grown'])} to {in_words(part['peak'])}"
+            )
         else:
-            parts.append(f"no more memory than the process had at its peak before, {gib(part['peak'])}")
+            parts.append(f"no more memory than the process had at its peak before, {in_words(part['peak'])}")
     text += ", ".join(parts)
     if report["processes"] > 1:
         text += f", the most of {report['processes']} processes"
     if states is None:
         return text + "; what the optimizer will add is not known"
     counted = "counted in" if report["memory"][0]["device"] != "process" else "not counted in"
-    return text + (f"; the optimizer's states, {gib(states)} from step 1 on, are {counted}" if states else "")
+    return text + (f"; the optimizer's states, {in_words(states)} from step 1 on, are {counted}" if states else "")
 
 
 class _BeforeTheFirstStep(TrainerCallback):
