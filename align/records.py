@@ -213,6 +213,8 @@ def _write_parquet(path: Path, rows: Iterable[Record]) -> None:
             # A column may be null, or of whole numbers, for thousands of rows before its type shows.
             schemas = [table.schema for table in tables()]
             schema = pyarrow.unify_schemas(schemas, promote_options="permissive") if schemas else pyarrow.schema([])
+            if schemas and not schema.names:
+                raise RecordError(f"{path}: rows without any field cannot be written as Parquet; use .jsonl")
             with pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
                 for table in tables():
                     for name in set(schema.names) - set(table.column_names):

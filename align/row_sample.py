@@ -57,7 +57,7 @@ def _sample_jsonl(path: Path, most: int) -> tuple[list[tuple[int, Record]], int,
     checked = kept if last is None or last in kept else [*kept, last]  # the last line is where a file is cut off
     for index, number, line in sorted(checked, key=lambda found: found[0]):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8-sig"))  # of bytes, json takes half a surrogate pair for text
         except (ValueError, RecursionError):
             cut = " (the last one, cut off)" if number == last[1] and not line.endswith(b"\n") else ""
             damaged.append(f"line {number}{cut} is not JSON")

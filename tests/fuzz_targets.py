@@ -90,11 +90,12 @@ def put(folder: Path, file: tuple[str, bytes]) -> Path:
 def rows_in(path: Path) -> int:
     """How many rows a readable record file has, counted without a parser of rows."""
     if path.suffix.lower() == ".parquet":
-        return pyarrow.parquet.read_table(path).num_rows  # not its metadata, whose names may be no text
+        # Not its metadata, whose names may be no text; nor as a data set, of which no two columns may have one name.
+        return pyarrow.parquet.ParquetFile(path).read().num_rows
     if path.suffix.lower() == ".json":
         return len(json.loads(path.read_text(encoding="utf-8-sig")))
     lines = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-    return sum(bool(line.decode().strip()) for line in lines)
+    return sum(bool(line.decode(errors="replace").strip()) for line in lines)
 
 
 def same(one: Any, other: Any) -> bool:

@@ -20,6 +20,7 @@ from align.pair import pair, select_pairs
 from align.preferences import tokenize_pairs
 from align.records import check_ids, check_records, read_records, write_records
 from align.report import inspect_pairs, inspect_traces
+from align.row_sample import sample_rows
 from align.rsd import RSDConfig
 from align.run_report import inspect_run
 from align.sample import SampleConfig
@@ -67,6 +68,21 @@ def test_parquet_values_that_python_lacks(tmp_path, column):
     pyarrow.parquet.write_table(pyarrow.table([column], names=["x"]), tmp_path / "a.parquet")
     with pytest.raises(RecordFileError, match="not a readable Parquet file"):
         read_records(tmp_path / "a.parquet")
+
+
+def test_rows_without_a_field_are_not_lost_in_parquet(tmp_path):
+    with pytest.raises(RecordError, match="rows without any field cannot be written as Parquet; use .jsonl"):
+        write_records(tmp_path / "a.parquet", [{}, {}])
+    assert not (tmp_path / "a.parquet").exists()
+    write_records(tmp_path / "a.jsonl", [{}, {}])
+    assert read_records(tmp_path / "a.jsonl") == [{}, {}]
+
+
+def test_a_page_takes_half_a_surrogate_pair_for_damage(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"id": "\xed\xa0\x80"}\n{"id": "b"}\n')
+    problems = []
+    assert [row["id"] for _, row in sample_rows(tmp_path, "a.jsonl", 5, problems).rows] == ["b"]
+    assert problems == ["a.jsonl: damaged, line 1 is not JSON"]
 
 
 def test_parquet_keeps_columns_that_the_first_row_lacks_and_refuses_mixed_types(tmp_path):
