@@ -280,7 +280,8 @@ def say_discarded(path: Path, known: Any, wanted: Mapping[str, Any]) -> None:
     """Says on stderr that unfinished work is removed, and which of its settings are not those that are wanted now."""
     old, new = _flat(known), _flat(_plain(wanted))
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name, ...) != new.get(name, ...))
-    what = f"of other settings ({', '.join(changed[:8])})" if isinstance(known, dict) else "of unknown settings"
+    what = "of other settings" if isinstance(known, dict) else "of unknown settings"
+    what += f" ({', '.join(changed[:8])})" if isinstance(known, dict) and changed else ""
     print(f"align: {path} is unfinished work {what}; it is removed", file=sys.stderr)
 
 
