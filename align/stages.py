@@ -105,7 +105,7 @@ def is_complete(path: str | os.PathLike, stage: str, settings: Mapping[str, Any]
     """
     path, manifest = Path(path), read_manifest(path)
     if (
-        not path.exists()
+        not os.path.exists(path)  # unlike pathlib's, of a name that is too long, too
         or manifest is None
         or manifest.get("stage") != stage
         or manifest.get("settings") != _plain(settings)
@@ -122,7 +122,7 @@ def is_complete(path: str | os.PathLike, stage: str, settings: Mapping[str, Any]
                 f"{file}: {found}: it was cut off or changed after it was complete; put it back as it was, or remove {path} "
                 "to have it made again"
             )
-    if _parts(path).exists() and os.environ.get("RANK", "0") == "0":
+    if os.path.exists(_parts(path)) and os.environ.get("RANK", "0") == "0":
         # Another process may just be making the output anew with other settings; then they are its parts.
         with suppress(RecordFileError), locked(path):
             shutil.rmtree(_parts(path), ignore_errors=True)
