@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from .atomic import atomic_path
@@ -35,7 +36,7 @@ def merge_adapter(
     settings = {"model": model_identity(model), "adapter": model_identity(adapter), "dtype": dtype}
     if is_complete(out, "merge", settings):
         return str(out)
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+    if os.path.islink(out) or (os.path.exists(out) and (not out.is_dir() or any(out.iterdir()))):
         raise ConfigError(f"{out} exists already; give another folder, or remove it yourself")
     loaded = load_model(model, dtype=dtype, adapter=adapter, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)

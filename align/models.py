@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -273,10 +274,10 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftMo
 
 
 def _check_base_file(path: str, fingerprint: str, model: PreTrainedModel) -> None:
-    if not Path(path).exists() and (Path(path).is_absolute() or Path(path).parent.is_dir()):
+    if not os.path.exists(path) and (os.path.isabs(path) or os.path.isdir(Path(path).parent)):
         raise ModelMismatchError(f"adapter {path}: no such folder; train it first or check the path")
     file = Path(path) / BASE_FILE
-    if not file.is_file():
+    if not os.path.isfile(file):
         return
     try:
         base = json.loads(file.read_text(encoding="utf-8"))

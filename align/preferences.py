@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checks import check_apart
@@ -62,7 +61,7 @@ def tokenize_pairs(
     if limit is not None and limit < 1:
         raise ConfigError(f"limit = {limit} must be at least 1")
     check_apart(source, out_path)
-    stamp = file_hash(source) if Path(source).is_file() else source
+    stamp = file_hash(source) if os.path.isfile(source) else source
     settings = {
         "source": stamp, "split": split, "subset": subset, "limit": limit, "chat": chat, "system_prompt": system_prompt,
         "max_prompt_length": max_prompt_length, **(settings or {}),

@@ -81,7 +81,7 @@ def check_file(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix not in (".jsonl", ".parquet"):
         raise RecordFileError(f"{path}: cannot tell the format from the ending {suffix!r}; use .jsonl or .parquet")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise RecordFileError(f"{path}: no such file; run the stage that writes it first, or check the path")
     return suffix
 
@@ -173,7 +173,7 @@ def check_output(path: str | os.PathLike) -> None:
     path = Path(path)
     if path.suffix not in (".jsonl", ".parquet"):
         raise RecordFileError(f"{path}: unknown ending {path.suffix!r}; use .jsonl or .parquet")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise RecordFileError(f"{path} is a folder; give the name of a file in it")
 
 

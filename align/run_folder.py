@@ -101,7 +101,7 @@ def read_run(folder: str | os.PathLike) -> Run:
         RecordFileError: it is no folder, or there is no trace of a stage in it.
     """
     run = Run(Path(folder))
-    if not run.folder.is_dir():
+    if not os.path.isdir(run.folder):
         raise RecordFileError(f"{folder}: no such folder; give the --output of a recipe")
     files, unfinished = _walk(run)
     run.files = files

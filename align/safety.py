@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,7 @@ def check_folder(path: str | Path) -> None:
             fetch attention kernels.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return
     files = sorted(file.name for file in folder.iterdir())
     weights = [name for name in files if name.endswith(PICKLES) and name not in _NOT_WEIGHTS]

@@ -32,7 +32,7 @@ def load_rows(source: str, *, split: str = "train", subset: str | None = None) -
             rows: Sequence[Any] = RecordFile(source)
         elif suffix == ".json":
             rows = _read_json(source)
-        elif Path(source).exists():  # what is in it would decide how it is read, pyarrow's JSON reader among the ways
+        elif os.path.exists(source):  # what is in it would decide how it is read, pyarrow's JSON reader among the ways
             raise RecordFileError(f"{source}: no .jsonl, .parquet or .json file; name one")
         else:
             rows = load_dataset(source, subset, split=split)
@@ -54,7 +54,7 @@ def check_outside(folder: str | os.PathLike, *sections: Mapping[str, Any]) -> No
     places = [Path(os.path.realpath(place)) for place in (folder, Path(folder, "test"))]
     for section in (*sections, *(section.get("problems") or {} for section in sections)):
         source = str(section.get("source") or "")
-        if Path(source).is_file() and Path(os.path.realpath(source)).parent in places:
+        if os.path.isfile(source) and Path(os.path.realpath(source)).parent in places:
             raise ConfigError(
                 f"{source} lies in {folder}, where stages write files of their own over it; move it, or give another output"
             )
@@ -64,7 +64,7 @@ def _read_json(source: str) -> list[dict[str, Any]]:
     """Objects of a file that is one list of them. pyarrow's reader, which data sets are loaded by, dies of some damaged files."""
     import fsspec
 
-    if "://" not in source and not Path(source).is_file():
+    if "://" not in source and not os.path.isfile(source):
         raise RecordFileError(f"{source}: no such file; check the path")
     try:
         with fsspec.open(source, "r", encoding="utf-8-sig") as file:

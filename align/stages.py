@@ -105,7 +105,7 @@ def is_complete(path: str | os.PathLike, stage: str, settings: Mapping[str, Any]
     """
     path, manifest = Path(path), read_manifest(path)
     if (
-        not path.exists()
+        not os.path.exists(path)  # unlike pathlib's, of a name that is too long, too
         or manifest is None
         or manifest.get("stage") != stage
         or manifest.get("settings") != _plain(settings)
@@ -122,7 +122,7 @@ def is_complete(path: str | os.PathLike, stage: str, settings: Mapping[str, Any]
                 f"{file}: {found}: it was cut off or changed after it was complete; put it back as it was, or remove {path} "
                 "to have it made again"
             )
-    if _parts(path).exists() and os.environ.get("RANK", "0") == "0":
+    if os.path.exists(_parts(path)) and os.environ.get("RANK", "0") == "0":
         # Another process may just be making the output anew with other settings; then they are its parts.
         with suppress(RecordFileError), locked(path):
             shutil.rmtree(_parts(path), ignore_errors=True)
@@ -280,7 +280,8 @@ def say_discarded(path: Path, known: Any, wanted: Mapping[str, Any]) -> None:
     """Says on stderr that unfinished work is removed, and which of its settings are not those that are wanted now."""
     old, new = _flat(known), _flat(_plain(wanted))
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name, ...) != new.get(name, ...))
-    what = f"of other settings ({', '.join(changed[:8])})" if isinstance(known, dict) else "of unknown settings"
+    what = "of other settings" if isinstance(known, dict) else "of unknown settings"
+    what += f" ({', '.join(changed[:8])})" if isinstance(known, dict) and changed else ""
     print(f"align: {path} is unfinished work {what}; it is removed", file=sys.stderr)
 
 

@@ -146,6 +146,11 @@ def test_unfinished_work_of_other_settings_is_named(killed, tmp_path, model_dir,
     assert "out.training is unfinished work of other settings (args.save_steps); it is removed" in told
 
 
+def test_unfinished_work_of_another_method_is_named(killed, model_dir, capsys):
+    train_sft({"path": model_dir, "dtype": "float32"}, ROWS, killed, args=ARGS, method="bash")
+    assert "out.training is unfinished work of other settings (method); it is removed" in capsys.readouterr().err
+
+
 def test_a_result_cannot_be_put_where_a_link_stands(tmp_path, model_dir):
     """Told before the training, not by the system at its end."""
     (tmp_path / "big").mkdir()

@@ -3,12 +3,15 @@
 import json
 import math
 import time
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import byte_level_tokenizer, random_pairs
+from typer.testing import CliRunner
 
+from align.cli import app
 from align.config import Settings, read_config
 from align.demonstrations import load_demonstrations
 from align.errors import AlignError, ConfigError, MissingColumnError, ModelMismatchError, RecordError, RecordFileError
@@ -25,11 +28,13 @@ from align.rsd import RSDConfig
 from align.run_report import inspect_run
 from align.sample import SampleConfig
 from align.select import good_traces
+from align.sources import check_outside
 from align.stages import is_complete, read_manifest, run_in_parts
 from align.tokens import check_pair_ids, encode_pair
 from align.verify import extract_answer
 from align.vocabulary import shared_ids
 
+TINY = str(Path(__file__).parent.parent / "data/tiny-arithmetic/model")
 VERDICT = {
     "id": "a", "prompt": "q", "answer": "7", "sample": 0, "prompt_ids": [1], "completion_ids": [2], "completion": "7",
     "finish_reason": "stop", "extracted": "7", "correct": True,
@@ -291,3 +296,35 @@ def test_a_run_with_dates_that_python_lacks_has_a_page(tmp_path):
     (tmp_path / "summary.json").write_text("{}")
     page, problems = inspect_run(tmp_path)
     assert page.exists() and any(problem.startswith("old.parquet: cannot be read") for problem in problems)
+
+
+LONG = "a" * 5000
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "tokenize LONG out.jsonl --model MODEL",
+        "tokenize problems.jsonl LONG.jsonl --model MODEL",
+        "sample problems.jsonl LONG.jsonl --model MODEL",
+        "sample problems.jsonl out.jsonl --model LONG",
+        "sample problems.jsonl out.jsonl --model MODEL --adapter LONG",
+        "verify samples.jsonl LONG.jsonl",
+        "evaluate LONG.jsonl",
+        "merge LONG --model MODEL --adapter MODEL",
+        "merge out --model MODEL --adapter LONG",
+        "inspect run LONG",
+    ],
+)
+def test_a_name_that_is_too_long_is_refused(tmp_path, monkeypatch, command):
+    """pathlib asks the system, and passes on its error."""
+    monkeypatch.chdir(tmp_path)
+    problem = {"id": "a", "prompt": "q", "answer": "7"}
+    write_records("problems.jsonl", [problem])
+    write_records("samples.jsonl", [{k: v for k, v in VERDICT.items() if k not in ("extracted", "correct")}])
+    done = CliRunner().invoke(app, command.replace("MODEL", TINY).replace("LONG", LONG).split())
+    assert isinstance(done.exception, AlignError)
+
+
+def test_a_source_with_a_name_that_is_too_long_is_no_file_of_the_run(tmp_path):
+    check_outside(tmp_path, {"source": LONG})

@@ -24,12 +24,13 @@ from align import (
 )
 from align import progress as progress_module
 from align.cli import app
+from align.errors import RecordError
 from align.models import load_model
 from align.record_file import RecordFile
 from align.records import read_records, write_records
 from align.scoring import pairs as scoring
 from align.stages import run_in_parts
-from align.trainers import self_generated
+from align.trainers import self_generated, training
 from align.trainers.row_data import dataset_on_disk
 
 ROOT = Path(__file__).parent.parent
@@ -195,6 +196,29 @@ def test_passes_over_rows_have_a_bar_where_they_take_long(tmp_path, monkeypatch,
     assert bars(capsys.readouterr().err)["writing rows"][1] == "5/5"
     dataset_on_disk(rows, tmp_path / "rows.arrow", hidden=True)
     assert not bars(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_disable_tqdm_hides_the_writing_of_rows(tmp_path, tokenizer, monkeypatch, kind, hidden):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+
+    def write(_rows, _path, hidden=False):
+        raise RecordError(f"hidden is {hidden}")
+
+    monkeypatch.setattr(training, "dataset_on_disk", write)
+    given = {
+        "model": {"path": str(tmp_path / "model")},
+        "out_dir": tmp_path / "out",
+        "args": {"disable_tqdm": hidden, **CPU},
+    }
+    with pytest.raises(RecordError, match=f"hidden is {hidden}"):
+        if kind == "sft":
+            row = {"id": "a", "prompt": "", "completion": "", "prompt_ids": [5], "completion_ids": [6]}
+            training.train_sft(demonstrations=[row], **given)
+        else:
+            training.train_preference("dpo", pairs=random_pairs(2, vocab_size=20), **given)
 
 
 def reference_bars(tmp_path, tokenizer, capsys, pairs, **settings):

@@ -1,14 +1,17 @@
 """SFT with guards is TRL's SFT, to the last bit; the longest batch comes first."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
 from conftest import tiny_llama
+from datasets import Dataset
 from peft import LoraConfig
 from test_self_generated import demonstrations
 from trl import SFTConfig, SFTTrainer
 
+from align.errors import ConfigError, ModelLoadError
 from align.trainers.sft import GuardedSFTConfig, GuardedSFTTrainer
 
 
@@ -34,3 +37,48 @@ def test_it_is_trls(tmp_path, tokenizer, settings):
     lengths = sorted((len(row["input_ids"]) for row in trainer.train_dataset), reverse=True)
     assert [row["tokens"] for row in report["batches"][0]["rows"]] == [[length] for length in lengths[:2]]
     assert lengths[0] > lengths[-1]
+
+
+CPU = {"bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_steps": 1}
+
+
+def test_trls_config_is_refused_by_name_and_none_is_its_own(tmp_path, tokenizer, monkeypatch):
+    rows = {"train_dataset": demonstrations(), "processing_class": tokenizer}
+    with pytest.raises(ConfigError, match="GuardedSFTTrainer takes a GuardedSFTConfig, not a SFTConfig"):
+        GuardedSFTTrainer(tiny_llama(), SFTConfig(str(tmp_path), **CPU), **rows)
+
+    @dataclass
+    class Config(GuardedSFTConfig):
+        bf16: bool = False  # which a CPU refuses, unless it is asked for
+
+    class Trainer(GuardedSFTTrainer):
+        config_class = Config
+
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(Trainer(tiny_llama(), **rows).args, Config)
+
+
+def test_a_pickle_is_refused(tmp_path, tokenizer):
+    model = tiny_llama()
+    model.config.save_pretrained(tmp_path / "model")
+    torch.save(model.state_dict(), tmp_path / "model/pytorch_model.bin")
+    with pytest.raises(ModelLoadError, match="pytorch_model.bin"):
+        GuardedSFTTrainer(
+            str(tmp_path / "model"), GuardedSFTConfig(str(tmp_path), **CPU), train_dataset=demonstrations(),
+            processing_class=tokenizer,
+        )  # fmt: skip
+
+
+def test_rows_that_a_collator_makes_have_no_preflight(tmp_path, tokenizer):
+    def collator(rows):
+        ids = torch.tensor([tokenizer(row["text"])["input_ids"][:1] * 4 for row in rows])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    args = GuardedSFTConfig(
+        str(tmp_path), dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, **CPU
+    )
+    trainer = GuardedSFTTrainer(
+        tiny_llama(), args, collator, train_dataset=Dataset.from_list([{"text": "a"}] * 8), processing_class=tokenizer
+    )
+    assert trainer.train().global_step == 1
+    assert "rows have no input_ids" in json.loads((tmp_path / "preflight.json").read_text())["skipped"]

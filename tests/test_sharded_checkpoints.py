@@ -80,3 +80,17 @@ def test_a_checkpoint_of_another_kind_of_launch_is_refused_and_kept(tmp_path, fo
     with pytest.raises(ConfigError, match="has no pytorch_model_fsdp.*written without FSDP"):
         last_whole_checkpoint(folder.parent, args, fsdp=True)
     assert last_whole_checkpoint(folder.parent, args) == str(folder)
+
+
+def test_deepspeeds_checkpoint_is_refused_without_it_and_ours_with_it(tmp_path, folder):
+    """Weights are in both, so that the Trainer would go on, with a fresh optimizer."""
+    args = TrainingArguments(str(tmp_path))
+    (folder / "pytorch_model_fsdp.bin").unlink()
+    (folder / "optimizer.bin").rename(folder / "optimizer.pt")
+    with pytest.raises(ConfigError, match="checkpoint-3 has no global_step.*written without DeepSpeed"):
+        last_whole_checkpoint(folder.parent, args, deepspeed=True)
+    (folder / "optimizer.pt").unlink()
+    (folder / "global_step3").mkdir()
+    with pytest.raises(ConfigError, match="checkpoint-3 was written under DeepSpeed.*zero3.yaml"):
+        last_whole_checkpoint(folder.parent, args)
+    assert last_whole_checkpoint(folder.parent, args, deepspeed=True) == str(folder)

@@ -12,7 +12,9 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import random_pairs
@@ -22,7 +24,7 @@ from align.config import read_config
 from align.errors import ConfigError
 from align.pipeline import Chain
 from align.trainers import training
-from align.trainers.trackers import TRACKERS, check_trackers
+from align.trainers.trackers import TRACKERS, check_trackers, run_of_its_own
 from align.trainers.training import train_preference, train_sft
 
 ROOT = Path(__file__).parent.parent
@@ -248,3 +250,18 @@ def test_trackio_has_every_metric(tmp_path, model_dir):
     assert [row["train/global_step"] for row in rows] == [1, 2, 3]
     assert all(set(METRICS) <= row.keys() for row in rows)
     assert [row["train/loss"] for row in rows] == pytest.approx(losses(tmp_path / "cdpo"))
+
+
+@pytest.mark.parametrize("error, code", [(None, 0), (RuntimeError, 1), (KeyboardInterrupt, 1)])
+def test_a_training_that_fails_is_no_finished_run(monkeypatch, error, code):
+    ended = []
+    wandb = SimpleNamespace(run=None, finish=lambda exit_code: ended.append(exit_code))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(error) if error else nullcontext(), run_of_its_own(["wandb"]):
+        wandb.run = object()
+        if error:
+            raise error
+    assert ended == [code]
+    with run_of_its_own(["wandb"]):  # within the caller's
+        pass
+    assert ended == [code]

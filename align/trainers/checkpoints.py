@@ -19,6 +19,9 @@ from ..processes import process_state, together
 #: What the files begin with in which FSDP keeps the weights that it goes on from.
 FSDP_WEIGHTS = "pytorch_model_fsdp"
 
+#: What the folder begins with in which DeepSpeed keeps weights and optimizer.
+DEEPSPEED_STATE = "global_step"
+
 
 class ResumesAtTheEnd(Trainer):
     """From a checkpoint of the last step, takes no further one, as the Trainer would; goes in front of a TRL trainer."""
@@ -29,17 +32,19 @@ class ResumesAtTheEnd(Trainer):
         self.control.should_training_stop = True
 
 
-def last_whole_checkpoint(working: Path, args: TrainingArguments, fsdp: bool = False) -> str | None:
+def last_whole_checkpoint(
+    working: Path, args: TrainingArguments, *, fsdp: bool = False, deepspeed: bool = False
+) -> str | None:
     """The newest checkpoint of `working` that is whole, the same in all processes; `None` where there is none.
 
     Newer ones are removed and named: the training will write them once more, and what an interrupted writing leaves must
     not mix with what was there before.
 
     Args:
-        fsdp: whether this training is sharded by FSDP.
+        fsdp, deepspeed: whether this training is sharded by FSDP, or by DeepSpeed.
 
     Raises:
-        ConfigError: the checkpoint is of a training that was sharded, and this one is not, or the other way round.
+        ConfigError: the checkpoint is of a training that was sharded, and this one is not, or otherwise; or the other way round.
     """
     process = process_state()
     found: list[str | None] = [None]
@@ -47,7 +52,7 @@ def last_whole_checkpoint(working: Path, args: TrainingArguments, fsdp: bool = F
         if process.is_main_process:
             found = [_last_whole(working, args, process.num_processes)]
             if found[0] is not None:
-                _check_kind(Path(found[0]), fsdp)
+                _check_kind(Path(found[0]), fsdp, deepspeed)
     if process.num_processes > 1:
         broadcast_object_list(found)
     return found[0]
@@ -82,18 +87,23 @@ def _last_whole(working: Path, args: TrainingArguments, processes: int) -> str |
     return None
 
 
-def _check_kind(path: Path, fsdp: bool) -> None:
-    if any(path.glob(f"{FSDP_WEIGHTS}*")) == fsdp:
-        return
-    if fsdp:
-        raise ConfigError(
-            f"{path} has no {FSDP_WEIGHTS}, from which a training that FSDP shards could go on: it was written without FSDP, "
-            f"or with save_only_model=True; launch without FSDP, or remove {path.parent} to begin anew"
-        )
-    raise ConfigError(
-        f"{path} was written under FSDP, and this training is not sharded; launch with recipes/accelerate/fsdp2.yaml, or "
-        f"remove {path.parent} to begin anew"
-    )
+def _check_kind(path: Path, fsdp: bool, deepspeed: bool) -> None:
+    # The Trainer would begin with a fresh optimizer where it finds none of its own, without a word.
+    for engine, here, pattern, config in (
+        ("FSDP", fsdp, FSDP_WEIGHTS, "fsdp2.yaml"),
+        ("DeepSpeed", deepspeed, DEEPSPEED_STATE, "zero3.yaml"),
+    ):
+        there = any(path.glob(f"{pattern}*"))
+        if here and not there:
+            raise ConfigError(
+                f"{path} has no {pattern}, from which a training that {engine} shards could go on: it was written without "
+                f"{engine}, or with save_only_model=True; launch without {engine}, or remove {path.parent} to begin anew"
+            )
+        if there and not here:
+            raise ConfigError(
+                f"{path} was written under {engine}, and this training is not sharded by it; launch with "
+                f"recipes/accelerate/{config}, or remove {path.parent} to begin anew"
+            )
 
 
 def checkpoint_damage(path: Path, args: TrainingArguments, processes: int = 1) -> str | None:
@@ -130,7 +140,7 @@ def _missing(path: Path, args: TrainingArguments, processes: int) -> str | None:
         return "trainer_state.json is missing"
     # DeepSpeed and FSDP keep weights and optimizer in folders or files of their own.
     fsdp = any(path.glob(f"{FSDP_WEIGHTS}*"))
-    engine = fsdp or any(path.glob("global_step*"))
+    engine = fsdp or any(path.glob(f"{DEEPSPEED_STATE}*"))
     if not engine and not any(path.glob("*.safetensors")):
         return "there are no weights"
     for index in path.glob("*.safetensors.index.json"):

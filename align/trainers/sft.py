@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from ..errors import ConfigError
+from ..processes import check_group
+from ..safety import no_pickles
 from .longest import LongestBatch, collate, longest_rows, row_id
 from .preflight import Preflight
 from .sharding import check_sharding
@@ -34,9 +38,22 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
 
     config_class = GuardedSFTConfig
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Any, args: GuardedSFTConfig | None = None, *others: Any, **kwargs: Any) -> None:
+        if args is None:
+            args = self.config_class("trainer_output")
+        if not isinstance(args, self.config_class):
+            raise ConfigError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(args).__name__}"
+            )
+        check_group(args.world_size)
+        with no_pickles(model):
+            super().__init__(model, args, *others, **kwargs)
         check_sharding(self)
+
+    def _why_no_preflight(self) -> str | None:
+        if isinstance(self.train_dataset, Dataset) and "input_ids" not in self.train_dataset.column_names:
+            return "rows have no input_ids before they are in a batch, so which are the longest is not known"
+        return super()._why_no_preflight()
 
     def longest_batches(self) -> list[LongestBatch]:
         longest = longest_rows(self)

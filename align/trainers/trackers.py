@@ -59,15 +59,17 @@ def check_trackers(report_to: Any) -> None:
 @contextmanager
 def run_of_its_own(report_to: Any) -> Iterator[None]:
     """Ends the wandb run that a training within begins, which transformers leaves open: the next training of a recipe would
-    write into it. A run that was open before is the caller's."""
+    write into it. One whose training fails is marked so; a run that was open before is the caller's."""
     wandb: Any = sys.modules.get("wandb") if "wandb" in report_to else None
     open_before = wandb is not None and wandb.run is not None
+    failed = 1
     try:
         yield
+        failed = 0
     finally:
         wandb = sys.modules.get("wandb") if "wandb" in report_to else None
         if wandb is not None and wandb.run is not None and not open_before:
-            wandb.finish()
+            wandb.finish(exit_code=failed)
 
 
 def move_events(source: Path, target: Path) -> None:

@@ -208,10 +208,11 @@ def train_preference(
     rows = Derived(pairs, lambda pair: {key: pair[key] for key in (*_READ, *columns) if key in pair})
 
     def build(base, tokenizer, directory: Path) -> TokenDPOTrainer:
+        config = _arguments(cls.config_class, args or {}, directory)
         return cls(
             base,
-            args=_arguments(cls.config_class, args or {}, directory),
-            train_dataset=dataset_on_disk(rows, directory / ROWS_FILE),
+            args=config,
+            train_dataset=dataset_on_disk(rows, directory / ROWS_FILE, config.disable_tqdm),
             processing_class=tokenizer,
             peft_config=_lora(lora),
         )
@@ -265,7 +266,9 @@ def _train_alone(
     tokenizer = load_tokenizer(model["path"], trust_remote_code=model.get("trust_remote_code", False))
     fingerprint = base_fingerprint(base)
     trainer = build(base, tokenizer, working)
-    checkpoint = last_whole_checkpoint(working, trainer.args, trainer.is_fsdp_enabled)
+    checkpoint = last_whole_checkpoint(
+        working, trainer.args, fsdp=trainer.is_fsdp_enabled, deepspeed=trainer.is_deepspeed_enabled
+    )
     if checkpoint is not None:
         check_checkpoint(checkpoint, working)
     with run_of_its_own(trainer.args.report_to):
@@ -315,7 +318,9 @@ def _open(working: Path, marker: Path, method: str, settings: dict[str, Any], pr
         before = known["counts"].get("processes")
         check_processes(working, before, processes)
     elif working.exists():  # checkpoints of other settings must not be resumed
-        say_discarded(working, known.get("settings"), settings)
+        others = known.get("settings")
+        others = {"method": known.get("stage"), **others} if isinstance(others, dict) else None
+        say_discarded(working, others, {"method": method, **settings})
         shutil.rmtree(working, ignore_errors=True)
     if before != processes:
         marker.parent.mkdir(parents=True, exist_ok=True)
