@@ -38,6 +38,7 @@ class FiniteGuard(ResumesAtTheEnd):
         super().__init__(*args, **kwargs)
         self._update: list[tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]] = []
         self._held: dict[str, torch.Tensor] = {}
+        self._watched: Any = None
         self.add_callback(_BeforeTheOptimizer(self))
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -58,7 +59,9 @@ class FiniteGuard(ResumesAtTheEnd):
 
     def _watch(self, engine: Any) -> None:
         """Has DeepSpeed's engine show each loss before its backward pass, and the update before its step."""
-        backward, step = engine.backward, engine.step
+        if engine is self._watched:  # trained a second time
+            return
+        self._watched, backward, step = engine, engine.backward, engine.step
 
         def shown(loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             self._update.append((loss.detach(), self._held, self.of_rows))
