@@ -226,7 +226,9 @@ def _run(folder, value) -> None:
     assert path.read_bytes() == before, "the input was changed"
     said = stderr.getvalue()
     if code:
-        assert code == 2 and ("align: " in said or "Usage" in said or "─ Error ─" in said), f"exit code {code}: {said[-500:]}"
+        assert code == 2 and ("align: " in said or "Usage" in said or "─ Error ─" in said), (
+            f"exit code {code}: {said[-500:]}"
+        )
         raise AlignError(said)
     if "--help" in args or not COMMANDS[command][1]:
         return
