@@ -40,7 +40,9 @@ def launch(processes: int, *command: str, port: int) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("aggregation, budget", [("sequence", 0), ("position", 0), ("sequence", 30)])
+@pytest.mark.parametrize(
+    "aggregation, budget", [pytest.param("sequence", 0, marks=pytest.mark.slow), ("position", 0), ("sequence", 30)]
+)
 def test_two_processes_log_the_losses_of_one(tmp_path, aggregation, budget):
     """Of batches done as a whole, and of batches in passes, of which each process has a number of its own."""
     logged = []
@@ -60,7 +62,7 @@ def test_two_processes_log_the_losses_of_one(tmp_path, aggregation, budget):
         assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["bash", "rac"])
+@pytest.mark.parametrize("kind", ["bash", pytest.param("rac", marks=pytest.mark.slow)])
 def test_two_processes_draw_the_contexts_of_one(tmp_path, kind):
     """Each draws a share of every window; the union, and what is learned from it, is the same."""
     found = []
@@ -105,6 +107,7 @@ def test_two_processes_run_the_chain_that_one_runs(tmp_path):
             assert row[column] == pytest.approx(other[column], rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_traces_of_one(tmp_path):
     """Each draws a share of the batches; one of them chooses, and selects."""
     model = "data/tiny-arithmetic/model"

@@ -120,7 +120,7 @@ def test_corrections_are_counted(tmp_path):
     assert as_json["corrections"] == report
 
 
-@pytest.mark.parametrize("method", ["bash", "rac"])
+@pytest.mark.parametrize("method", ["bash", pytest.param("rac", marks=pytest.mark.slow)])
 def test_the_recipe(tmp_path, method):
     config = f"recipes/configs/{method}/tiny-arithmetic.yaml"
     small = ["train.limit=40", "test.limit=16", f"methods.{method}.args.max_steps=2", "methods.sft.args.max_steps=1"]

@@ -83,7 +83,7 @@ def test_two_sharded_processes_log_the_losses_of_one_and_save_whole_weights(tmp_
         assert len(drawn[0]) == 2 and [a.read_text() for a in drawn[0]] == [b.read_text() for b in drawn[1]]
 
 
-@pytest.mark.parametrize("method", ["tgdpo", "bash"])
+@pytest.mark.parametrize("method", [pytest.param("tgdpo", marks=pytest.mark.slow), "bash"])
 def test_two_whole_processes_log_the_losses_of_one(tmp_path, method):
     save_base(tmp_path / "base")
     cpu = ROOT / "recipes/accelerate/cpu.yaml"

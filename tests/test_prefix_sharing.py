@@ -109,6 +109,7 @@ def test_a_quantized_base(tmp_path, tokenizer, model_dir):
     assert_close(loss, grads, expected_loss, expected, 2**-7)
 
 
+@pytest.mark.slow
 def test_flex_attention_evaluates_the_same(tmp_path, tokenizer):
     """Its backward pass needs a GPU."""
     losses = []

@@ -52,10 +52,9 @@ def write_files(folder: Path) -> None:
     "kind, message",
     [
         ("collator", "row p7: bad"),
-        ("file", "damaged.jsonl"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("places", "update 2: bad"), ("engine", "127.0.0.1:9"))
+            for case in (("file", "damaged.jsonl"), ("places", "update 2: bad"), ("engine", "127.0.0.1:9"))
         ),
     ],
 )
@@ -97,7 +96,11 @@ def test_a_recipes_bad_row_is_said_once(tmp_path):
 @pytest.mark.parametrize(
     "kind, last_line",
     [
-        ("constructor", "align.errors.RecordError: train data set: the prompt of each of its 4 rows fills max_length"),
+        pytest.param(
+            "constructor",
+            "align.errors.RecordError: train data set: the prompt of each of its 4 rows fills max_length",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("bug", "KeyError: 'a bug'", marks=pytest.mark.slow),
     ],
 )
@@ -126,9 +129,8 @@ def on_two_machines(*command: str) -> list[subprocess.CompletedProcess]:
         return list(pool.map(machine, range(2)))
 
 
-@pytest.mark.parametrize(
-    "kind, message", [("waiting", "row 1"), pytest.param("collator", "row p7", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, message", [("waiting", "row 1"), ("collator", "row p7")])
 def test_another_machine_ends_too(tmp_path, kind, message):
     """Without a launcher that ends its processes, and without a broken connection; where one breaks, nothing is said of it."""
     write_files(tmp_path)
