@@ -12,7 +12,7 @@ quickstart: .venv/installed
 		--config recipes/configs/cdpo/tiny-arithmetic.yaml --output $(OUT)
 
 test: .venv/installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-slow: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow

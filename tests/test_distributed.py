@@ -83,6 +83,7 @@ def test_processes_with_caches_of_their_own_agree(tmp_path):
     assert len(list((tmp_path / "cache-0").rglob("*.safetensors"))) == 1 and not (tmp_path / "cache-1").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_run_the_chain_that_one_runs(tmp_path):
     """The whole recipe: stages share their batches, trainings their gradients; what needs no sharing is done once."""
     common = [

@@ -377,6 +377,7 @@ def test_a_stage_keeps_the_report_and_a_page_shows_it(tmp_path, model_dir, capsy
     assert read_run(tmp_path / "run").trainings[0].preflight == ""
 
 
+@pytest.mark.slow
 def test_two_processes_are_what_they_are_without_and_end_together(tmp_path):
     """DDP's buckets and buffers too; and where one of them has no memory, one message says so."""
     tiny_llama(vocab_size=len(byte_level_tokenizer())).save_pretrained(tmp_path / "base")
