@@ -327,4 +327,4 @@ def test_a_name_that_is_too_long_is_refused(tmp_path, monkeypatch, command):
 
 
 def test_a_source_with_a_name_that_is_too_long_is_no_file_of_the_run(tmp_path):
-    check_outside(tmp_path, {"source": LONG})
+    assert check_outside(tmp_path, {"source": LONG}) is None

@@ -2,8 +2,8 @@
 
 TensorBoard is among the tests' requirements. With wandb and trackio, in an environment of their own:
 
-    python3 -m venv /tmp/trackers && /tmp/trackers/bin/python -m pip install -e '.[dev]' wandb trackio
-    HF_HUB_OFFLINE=1 /tmp/trackers/bin/python -m pytest tests/test_trackers.py
+    python3 -m venv .venv-trackers && .venv-trackers/bin/python -m pip install -e '.[dev]' wandb trackio
+    HF_HUB_OFFLINE=1 .venv-trackers/bin/python -m pytest tests/test_trackers.py
 """
 
 import json
@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import random_pairs
+from transformers.integrations import get_available_reporting_integrations
 
 from align import BASHConfig, CDPOConfig
 from align.config import read_config
@@ -98,11 +99,17 @@ def test_a_tracker_that_is_not_there_is_refused_before_anything_is_loaded(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("report_to", ["none", ["none"], "all", ["all"], "tensorboard", ["tensorboard"], []])
-def test_what_transformers_takes_is_taken(tmp_path, monkeypatch, report_to):
+@pytest.mark.parametrize(
+    "report_to, taken",
+    [
+        *(("none", []), (["none"], []), ([], []), ("tensorboard", ["tensorboard"]), (["tensorboard"], ["tensorboard"])),
+        *((everything, get_available_reporting_integrations()) for everything in ("all", ["all"])),
+    ],
+)
+def test_what_transformers_takes_is_taken(tmp_path, monkeypatch, report_to, taken):
     monkeypatch.setitem(TRACKERS, "tensorboard", (lambda: True, "tensorboard"))
     check_trackers(report_to)
-    CDPOConfig(str(tmp_path), report_to=report_to, bf16=False, use_cpu=True)
+    assert CDPOConfig(str(tmp_path), report_to=report_to, bf16=False, use_cpu=True).report_to == taken
 
 
 def test_every_tracker_of_transformers_is_known():

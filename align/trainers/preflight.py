@@ -6,6 +6,7 @@ import json
 import random
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -36,7 +37,7 @@ FILE = "preflight.json"
 NAMED = 8
 
 
-class Preflight(FiniteGuard):
+class Preflight(FiniteGuard, ABC):
     """A `FiniteGuard` that takes the longest batch first, and leaves of it nothing but a report.
 
     Before the first step, of a resumed training too, the batches of `longest_batches` have their forward and backward
@@ -56,9 +57,9 @@ class Preflight(FiniteGuard):
         if self.args.preflight:
             self.add_callback(_BeforeTheFirstStep(self))
 
+    @abstractmethod
     def longest_batches(self) -> list[LongestBatch]:
         """The batches that need most memory, the same in every process: whatever the order, each may get them."""
-        raise NotImplementedError
 
     def run_preflight(self) -> None:
         """Takes the longest batches and reports, unless there is nothing left to train."""

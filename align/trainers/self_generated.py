@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,21 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
-from trl import SFTConfig, SFTTrainer
 
 from ..contexts import MixedRow, OwnTokens, draw_contexts, mixed_row
 from ..errors import ConfigError, RecordError, RecordFileError
 from ..mix import IGNORED, Example, epsilon_at
 from ..models import keep_trainable
-from ..processes import check_group
 from ..progress import progress
 from ..rac import CorrectionSettings, draw_corrections, longest_correction
 from ..records import Record, read_records, write_records
-from ..safety import no_pickles
 from .longest import LongestBatch, collate, longest_rows, row_id
-from .preflight import Preflight
-from .sharding import check_sharding
-from .trackers import check_trackers
+from .sft import GuardedSFTConfig, GuardedSFTTrainer
 from .whole_weights import whole_weights
 
 #: In a checkpoint's folder: contexts that are drawn and not yet trained on.
@@ -39,7 +34,7 @@ CONTEXTS_FILE = "contexts.jsonl"
 
 
 @dataclass
-class SelfGeneratedConfig(SFTConfig):
+class SelfGeneratedConfig(GuardedSFTConfig):
     """What BASH and RAC have in common.
 
     Args:
@@ -54,11 +49,9 @@ class SelfGeneratedConfig(SFTConfig):
     refresh_steps: int = field(default=16, metadata={"help": "Updates whose contexts are drawn at once."})
     generation_tokens: int = field(default=16384, metadata={"help": "Token budget of a batch that is drawn."})
     contexts_limit: int | None = field(default=2, metadata={"help": "Windows kept in output_dir/contexts."})
-    preflight: bool = field(default=True, metadata={"help": "Take the longest batch once before the first step."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_trackers(self.report_to)
         for name, low in (("refresh_steps", 1), ("generation_tokens", 1), ("contexts_limit", 0)):
             value = getattr(self, name)
             if value is not None and value < low:
@@ -139,21 +132,13 @@ class Place:
     source: Example
 
 
-class SelfGeneratedTrainer(Preflight, SFTTrainer, ABC):
+class SelfGeneratedTrainer(GuardedSFTTrainer):
     """Reads ahead, has contexts drawn, stores them; subclasses say how in `draw`."""
 
     config_class = SelfGeneratedConfig
 
     def __init__(self, model: Any, args: SelfGeneratedConfig | None = None, **kwargs: Any) -> None:
-        if args is None:
-            args = self.config_class("trainer_output")
-        if not isinstance(args, self.config_class):
-            raise ConfigError(
-                f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(args).__name__}"
-            )
-        check_group(args.world_size)
-        with no_pickles(model):
-            super().__init__(model, args=args, **kwargs)
+        super().__init__(model, args, **kwargs)
         keep_trainable(self.model)  # contexts are drawn in eval mode
         if self._is_vision_dataset:
             raise ConfigError(f"{type(self).__name__} does not know images; use text data")
@@ -162,7 +147,6 @@ class SelfGeneratedTrainer(Preflight, SFTTrainer, ABC):
                 f"{type(self).__name__} draws with the whole model in every process; DeepSpeed, which shards it, is not "
                 "supported: launch with recipes/accelerate/ddp.yaml or fsdp2.yaml"
             )
-        check_sharding(self)
         self._iterator: Iterator | None = None
         self._held: list[dict[str, Any]] = []  # read ahead of the window
         self._ready: list[dict[str, Any]] = []  # micro-batches of the window that are still to be trained on
