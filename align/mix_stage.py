@@ -11,7 +11,7 @@ from .contexts import OwnTokens, draw_contexts, mixed_row
 from .mix import IGNORED, Example, epsilon_at
 from .rac import CorrectionSettings, draw_corrections
 from .records import Record, check_records
-from .stages import records_hash, run_in_parts
+from .stages import parts_of, records_hash, run_in_parts
 from .tokens import check_row_ids
 
 if TYPE_CHECKING:
@@ -116,8 +116,6 @@ def _run(
     for index, row in enumerate(demonstrations):
         check_row_ids(row, index, ("prompt_ids", "completion_ids"), vocab_size(model))
 
-    parts = [range(first, min(first + PART, len(demonstrations))) for first in range(0, len(demonstrations), PART)]
-
     def compute(_number: int, part: range) -> list[Record]:
         rows = demonstrations[part.start : part.stop]
         sources = [
@@ -132,7 +130,7 @@ def _run(
         ]
 
     return run_in_parts(
-        out_path, parts, compute, stage=stage,
+        out_path, parts_of(demonstrations, PART), compute, stage=stage,
         settings=mix_settings(demonstrations, settings), order=lambda row: row.pop("_row"), count=count,
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ from .errors import ConfigError, MissingColumnError, RecordError
 from .locks import locked
 from .logps import Batch, completion_logits, per_token
 from .records import Record, read_records, row_name
-from .stages import records_hash, run_in_parts, write_chosen
+from .stages import parts_of, records_hash, run_in_parts, write_chosen
 from .tokens import check_row_ids
 
 if TYPE_CHECKING:
@@ -208,8 +208,6 @@ def select_traces(
         raise RecordError(f"none of {len(traces)} traces can be kept: {len(there)} have tokens; refused: {refused}")
     scores_path = f"{out_path}.scores.jsonl" if scores_path is None else scores_path
 
-    parts = [range(first, min(first + PART, len(right))) for first in range(0, len(right), PART)]
-
     def compute(_number: int, part: range) -> list[Record]:
         traces = right[part.start : part.stop]
         rows = [(row["prompt_ids"], row["completion_ids"]) for row in traces]
@@ -231,7 +229,7 @@ def select_traces(
     scoring = {"step_separator": config.step_separator, "traces": records_hash(right), **(settings or {})}
     with locked(out_path):
         run_in_parts(
-            scores_path, parts, compute, stage="select", settings=scoring,
+            scores_path, parts_of(right, PART), compute, stage="select", settings=scoring,
             order=lambda row: row.pop("_row"), finish=finish,
         )  # fmt: skip
         kept = keep(read_records(scores_path), config)

@@ -146,6 +146,11 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=str))
 
 
+def parts_of(rows: Sequence[Any], size: int) -> list[range]:
+    """The places of rows, in parts of a size, the last of which may be smaller: batches for `run_in_parts`."""
+    return [range(len(rows))[start : start + size] for start in range(0, len(rows), size)]
+
+
 def run_in_parts(
     path: str | os.PathLike,
     batches: Sequence[Any],

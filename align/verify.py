@@ -17,7 +17,7 @@ from .checks import check_apart
 from .errors import RecordError
 from .record_file import RecordFile
 from .records import Record, check_records, row_name
-from .stages import file_hash, is_complete, read_manifest, run_in_parts
+from .stages import file_hash, is_complete, parts_of, read_manifest, run_in_parts
 
 #: Longest answer that is compared as mathematics; longer ones are compared as text.
 LONGEST_EXPRESSION = 300
@@ -258,7 +258,7 @@ def verify(samples_path: str | os.PathLike, out_path: str | os.PathLike) -> dict
     samples = RecordFile(samples_path, "sample")
     return run_in_parts(
         out_path,
-        [range(start, min(start + PART, len(samples))) for start in range(0, len(samples), PART)],
+        parts_of(samples, PART),
         lambda _, part: [
             row | {"_row": number}
             for number, row in zip(part, _verdicts(samples[part.start : part.stop], part.start), strict=True)
