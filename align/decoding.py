@@ -1,20 +1,21 @@
-"""Decoding with a cache of whose slots some are left out: rows that take different numbers of tokens stay in one batch."""
+"""Decoding rows that take different numbers of tokens at a time, in one batch: each writes to slots of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
+from .cuda_graphs import Graphs
 from .errors import ConfigError
-from .logps import configured_not_to_share, head_on
+from .logps import configured_not_to_share, head_on, shares_prefixes
 from .models import active_adapter, base_model, cache_name
-
-#: Share of slots left out from which on a cache is closed up, and the fewest slots for which that is worth its copy.
-LOOSE, WORTH = 0.25, 64
+from .prefix_tree import additive
+from .slot_cache import SlotCache, room_for
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class Policy:
         adapter: name of the adapter it runs under, `None` for the bare base; `...` leaves the model as it is.
         ids: for ids that this model knows by other numbers, the common id -> its own; see `align.vocabulary`.
         never: common ids that are not drawn, whatever the model makes of them: tokens that another policy lacks.
+        cuda_graphs: whether passes are recorded and replayed where the model is on one GPU; changes nothing but speed.
     """
 
     model: PreTrainedModel
     adapter: Any = ...
     ids: Mapping[int, int] = field(default_factory=dict)
     never: tuple[int, ...] = ()
+    cuda_graphs: bool = True
 
     @classmethod
     def of(cls, given: Any) -> Policy:
@@ -41,16 +44,17 @@ class Policy:
         return cls(*given) if isinstance(given, tuple) else cls(given)
 
     def check(self, role: str) -> None:
-        """Raises a ConfigError where the model is not in eval mode, or its attention cannot leave slots of its cache out."""
+        """Raises a ConfigError where the model is not in eval mode, or takes no mask and positions of ours."""
         if self.model.training:
             raise ConfigError(
                 f"the {role} is in training mode, where dropout makes its probabilities noise; call .eval()"
             )
         reason = configured_not_to_share(self.model)
+        # A vocabulary of fewer is too small to try it on.
+        if reason is None and self.vocabulary > 7 and not shares_prefixes(self.model):
+            reason = "it does not compute by the mask and the positions that it is given"
         if reason is not None:
-            raise ConfigError(
-                f"the {role} cannot be decoded with slots left out: {reason}; take a model of full attention"
-            )
+            raise ConfigError(f"the {role} cannot be decoded row by row: {reason}; take a model of full attention")
 
     @property
     def device(self) -> torch.device:
@@ -62,32 +66,48 @@ class Policy:
         """Most positions it knows; `None` where its configuration does not say."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def forward(self, cache: Cache, **inputs: Any) -> tuple[torch.Tensor, Cache]:
-        """Logits (B, n, V) and the cache, grown by n slots."""
+    def forward(self, cache: Cache, **inputs: Any) -> torch.Tensor:
+        """Logits (B, n, V), by its own numbers of tokens; the cache takes the n tokens."""
         # Of the class: accelerate puts a wrapper without parameters on a model that it spreads over devices.
-        name = cache_name(type(base_model(self.model)).forward)
-        inputs[name] = cache
-        if self.ids:
-            own = self.own_ids()
-            inputs["input_ids"] = own[inputs["input_ids"]]
+        inputs[cache_name(type(base_model(self.model)).forward)] = cache
         if self.adapter is ...:
-            output = self.model(**inputs, use_cache=True)
-        else:
-            with active_adapter(self.model, self.adapter):
-                output = self.model(**inputs, use_cache=True)
-        logits = output.logits
-        if self.ids:
-            logits = logits[..., own]
-            # Its own numbers of these tokens are no common ids.
-            logits[..., [number for number in self.ids.values() if number not in self.ids]] = float("-inf")
-        return logits, output[name]
+            return self.model(**inputs, use_cache=True).logits
+        with active_adapter(self.model, self.adapter):
+            return self.model(**inputs, use_cache=True).logits
 
-    def own_ids(self) -> torch.Tensor:
-        """(V,) its own number of every common id."""
-        own = torch.arange(self.vocabulary, device=self.device)
+    def own(self, ids: torch.Tensor) -> torch.Tensor:
+        """Its own numbers of common ids."""
+        return self._numbers[0][ids] if self.ids else ids
+
+    def common(self, logits: torch.Tensor) -> torch.Tensor:
+        """(…, V) logits of common ids."""
+        if not self.ids:
+            return logits
+        own, foreign = self._numbers
+        # Its own numbers of these tokens are no common ids.
+        return logits[..., own].index_fill(-1, foreign, float("-inf"))
+
+    @cached_property
+    def _numbers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(V,) its own number of every common id, and the numbers that are no common ids."""
+        own = torch.arange(self.vocabulary)
         for common, number in self.ids.items():
             own[common] = number
-        return own
+        foreign = [number for number in self.ids.values() if number not in self.ids]
+        return own.to(self.device), torch.tensor(foreign, dtype=torch.long, device=self.device)
+
+    @property
+    def records(self) -> bool:
+        """Whether its passes can be CUDA graphs: all of it is on one GPU."""
+        places = set((getattr(base_model(self.model), "hf_device_map", None) or {"": self.device}).values())
+        return self.cuda_graphs and self.device.type == "cuda" and len(places) == 1
+
+    def mask(self, seen: torch.Tensor) -> torch.Tensor:
+        """(B, 1, n, W) bool, which slots a token sees, as its attention takes it fastest."""
+        base = base_model(self.model)
+        numbers = base.dtype.is_floating_point and not getattr(base, "is_quantized", False)
+        eager = base.config.get_text_config()._attn_implementation == "eager"
+        return additive(seen, base.dtype) if eager or numbers else seen
 
     @property
     def vocabulary(self) -> int:
@@ -96,48 +116,41 @@ class Policy:
 
 
 class Decoding:
-    """Several policies that are fed the same tokens, row by row.
+    """Several policies that are fed the same tokens, row by row: a row's token number t lies at slot t of a cache.
 
     Args:
         policies: one cache is kept for each.
-        prompts: of each row, at least one token. All but the last are fed at once; the last is the first to be given to
-            `feed`, so that every round begins alike.
+        prompts: of each row, at least one token. All but the last are fed at once, equal ones once for all; the last is the
+            first to be given to `feed`, so that every round begins alike.
     """
 
     def __init__(self, policies: Sequence[Policy], prompts: Sequence[Sequence[int]]) -> None:
         self.policies = list(policies)
-        width = max(map(len, prompts)) - 1
-        #: (B, W) which slots a row sees; prompts end at one slot, whatever their length.
-        self.visible = torch.zeros(len(prompts), width, dtype=torch.bool)
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            if len(prompt) > 1:
-                ids[row, width - len(prompt) + 1 :] = torch.tensor(prompt[:-1])
-                self.visible[row, width - len(prompt) + 1 :] = True
-        self.caches: list[Cache] = [DynamicCache() for _ in self.policies]
-        if width:
-            positions = (self.visible.cumsum(1) - 1).clamp(min=0)
-            last = torch.zeros_like(self.visible)
-            last[:1, -1] = True  # logits that nobody asks for: of one position in place of all
-            for number, policy in enumerate(self.policies):
-                with head_on(policy.model, last):
-                    self._forward(number, ids, self.visible, positions)
+        #: (B,) tokens that a row has been fed, those that were taken back not counted.
+        self.lengths = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        self.caches = [SlotCache() for _ in self.policies]
+        self._graphs = [Graphs(policy.records) for policy in self.policies]
+        places: dict[tuple[int, ...], int] = {}
+        rows = torch.tensor([places.setdefault(tuple(prompt[:-1]), len(places)) for prompt in prompts])
+        width = int(self.lengths.max())
+        if not width:
+            return
+        ids = torch.zeros(len(places), width, dtype=torch.long)
+        for row, prompt in enumerate(places):
+            ids[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
+        last = torch.zeros(ids.shape, dtype=torch.bool)
+        last[:1, -1] = True  # logits that nobody asks for: of one position in place of all
+        for policy, cache in zip(self.policies, self.caches, strict=True):
+            own = policy.own(ids.to(policy.device))
+            with head_on(policy.model, last):
+                # What stands behind a shorter prompt is overwritten before anything sees it.
+                policy.forward(cache, input_ids=own, position_ids=torch.arange(width, device=policy.device)[None])
+            cache.keep_rows(rows)
 
     @property
-    def lengths(self) -> torch.Tensor:
-        """(B,) tokens that a row has been fed."""
-        return self.visible.sum(1)
-
-    def _forward(self, number: int, ids: torch.Tensor, visible: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        policy = self.policies[number]
-        mask = visible.clone()
-        # A row that sees nothing at all would divide by zero; what it computes there is never looked at.
-        mask[~mask.any(1), -1] = True
-        logits, self.caches[number] = policy.forward(
-            self.caches[number], input_ids=ids.to(policy.device), attention_mask=mask.long().to(policy.device),
-            position_ids=positions.to(policy.device),
-        )  # fmt: skip
-        return logits
+    def lingering(self) -> bool:
+        """Whether rows that have ended had better stay until many have: recordings are of one number of rows."""
+        return any(graphs.enabled for graphs in self._graphs)
 
     def feed(self, number: int, tokens: torch.Tensor, before: int = 0) -> torch.Tensor:
         """Feeds (B, n) tokens to one policy; `commit` says afterwards which of them stay.
@@ -149,45 +162,44 @@ class Decoding:
         Returns:
             (B, n, V) logits.
         """
+        policy, cache, graphs = self.policies[number], self.caches[number], self._graphs[number]
         fed = before + tokens.shape[1]
-        visible = torch.cat([self.visible, torch.ones(len(tokens), fed, dtype=torch.bool)], 1)
-        positions = self.lengths[:, None] + torch.arange(before, fed)
-        if (context := self.policies[number].context) is not None:
-            positions = positions.clamp(max=context - 1)  # drafts beyond a row's end, which nobody takes
-        return self._forward(number, tokens, visible, positions)
+        width = int(self.lengths.max()) + fed
+        if cache.width < width:
+            graphs.forget()
+            cache.grow(room_for(width))
+        if graphs.enabled:
+            width = max(cache.width, room_for(width))
+        slots = (self.lengths[:, None] + torch.arange(before, fed)).to(policy.device)
+        inputs = policy.own(tokens.to(policy.device)), slots
 
-    def commit(self, kept: torch.Tensor, fed: int) -> None:
-        """Of the `fed` tokens that every policy was fed since the last call, the first (B,) `kept` of a row stay."""
-        self.visible = torch.cat([self.visible, torch.arange(fed) < kept[:, None]], 1)
-        longest, width = int(self.lengths.max()), self.visible.shape[1]
-        if width >= WORTH and longest < (1 - LOOSE) * width:
-            # Slots that are seen move to the end, in their order.
-            order = self.visible.long().argsort(dim=1, stable=True)[:, width - longest :]
-            self.visible = self.visible.gather(1, order)
-            self._rebuild(lambda values: values.gather(2, _like(order, values)))
+        def run(ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+            cache.slots.at, cache.slots.width = slots, width
+            seen = (torch.arange(width, device=slots.device) <= slots[..., None])[:, None]
+            # Drafts beyond a row's end, which nobody takes, have no positions of their own.
+            positions = slots if policy.context is None else slots.clamp(max=policy.context - 1)
+            return policy.forward(cache, input_ids=ids, position_ids=positions, attention_mask=policy.mask(seen))
+
+        if not cache.layers:
+            return policy.common(run(*inputs))  # which makes them
+        return policy.common(graphs.run((tokens.shape, width), run, *inputs))
+
+    def commit(self, kept: torch.Tensor) -> None:
+        """Of the tokens that every policy was fed since the last call, the first (B,) `kept` of a row stay."""
+        self.lengths = self.lengths + kept
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Lets the other rows go."""
         chosen = torch.tensor(rows)
-        self.visible = self.visible[chosen]
-        self._rebuild(lambda values: values[chosen.to(values.device)])
-
-    def _rebuild(self, change: Any) -> None:
-        for number, cache in enumerate(self.caches):
-            new = DynamicCache()
-            for layer, values in enumerate(cache.layers):
-                if values.keys is not None and values.keys.numel():
-                    new.update(change(values.keys), change(values.values), layer)
-            self.caches[number] = new
-
-
-def _like(order: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """(B, W') slots as an index into (B, heads, W, size)."""
-    return order.to(values.device)[:, None, :, None].expand(-1, values.shape[1], -1, values.shape[3])
+        self.lengths = self.lengths[chosen]
+        for cache, graphs in zip(self.caches, self._graphs, strict=True):
+            graphs.forget()
+            cache.keep_rows(chosen)
 
 
 def warp(logits: torch.Tensor, temperature: float, top_p: float, top_k: int) -> torch.Tensor:
-    """(…, V) float32 probabilities after temperature, top-k and top-p, in this order, as in transformers.
+    """(…, V) float32 probabilities after temperature, top-k and top-p, in this order, as in transformers; but tokens of equal
+    logits stay or go together, so that nothing depends on how a device sorts.
 
     Args:
         temperature: 0 puts everything on the likeliest token.
@@ -197,13 +209,14 @@ def warp(logits: torch.Tensor, temperature: float, top_p: float, top_k: int) -> 
     if temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
+    narrow = 0 < top_k < logits.shape[-1]
+    if not narrow and top_p >= 1:
+        return logits.softmax(-1)
+    ordered = logits.topk(top_k, dim=-1).values if narrow else logits.sort(dim=-1, descending=True).values
+    least = ordered[..., -1:]
     if top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
         # A token stays while those before it have not reached top_p; the first one always does.
-        dropped = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, before >= top_p)
-        logits = logits.masked_fill(dropped, float("-inf"))
-    return logits.softmax(-1)
+        share = (ordered - logits.masked_fill(logits < least, float("-inf")).logsumexp(-1, keepdim=True)).exp()
+        stays = share.cumsum(-1) - share < top_p
+        least = ordered.masked_fill(~stays, float("inf")).amin(-1, keepdim=True)
+    return logits.masked_fill(logits < least, float("-inf")).softmax(-1)

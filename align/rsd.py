@@ -133,7 +133,7 @@ def reverse_speculative_decode(
         One trace per prompt, in their order.
 
     Raises:
-        ConfigError: a model whose attention does not let slots of its cache be left out.
+        ConfigError: a model in training mode, or one that takes no mask and positions of ours.
     """
     policies = Policy.of(teacher), Policy.of(student)
     for policy, role in zip(policies, (TEACHER, STUDENT), strict=True):
@@ -193,28 +193,27 @@ class _Seen:
 def _draw(policies: tuple[Policy, Policy], rows: list[_Row], config: RSDConfig, ends: set[int]) -> None:
     """Rounds of drafts and a pass of the teacher, until all rows have ended; those that end leave the batch."""
     decoding, device = Decoding(policies, [row.prompt for row in rows]), policies[0].device
-    while rows:
-        last = torch.tensor([[row.last] for row in rows], device=device)
-        fed = [last]
-        student = []
-        for number in range(config.lookahead + 1):
+    ahead = config.lookahead
+    while True:
+        chances = _uniforms(rows, 3 * ahead + 2 if ahead else config.draws + 1, device)
+        fed = [torch.tensor([[row.last] for row in rows], device=device)]
+        students = []
+        for number in range(ahead + 1):
             logits = decoding.feed(1, fed[-1], before=number)[:, 0].float().to(device)
-            student.append(logits)
-            if number < config.lookahead:
-                probabilities = warp(_allowed(logits, policies), config.student_temperature, config.top_p, config.top_k)
-                fed.append(_inverse(probabilities, _uniforms(rows, device))[:, None])
-        drafts = torch.cat(fed, 1)
-        seen = _see(decoding.feed(0, drafts).float(), torch.stack(student, 1), policies, config)
-        if config.lookahead:
-            tokens, kept, proposed = _speculate(seen, drafts[:, 1:], rows, config)
-        else:
-            tokens, kept, proposed = _step(seen, rows, config)
-        decoding.commit(kept.cpu() + 1, drafts.shape[1])
-        alive = _append(seen, tokens, kept, proposed, rows, ends)
-        if len(alive) < len(rows):
+            warped = warp(_allowed(logits, policies), config.student_temperature, config.top_p, config.top_k)
+            students.append((warped, _common(logits.softmax(-1), policies)))
+            if number < ahead:
+                fed.append(_inverse(warped, chances[:, number])[:, None])
+        teacher = decoding.feed(0, torch.cat(fed, 1)).float()
+        seen = _see(teacher, *(torch.stack(those, 1) for those in zip(*students, strict=True)), policies, config)
+        drawn = _speculate(seen, torch.cat(fed[1:], 1), chances[:, ahead:], config) if ahead else _step(seen, chances)
+        decoding.commit(_append(seen, *drawn, rows, ends))
+        alive = [i for i, row in enumerate(rows) if not row.trace.finish_reason]
+        if not alive:
+            return
+        if len(alive) <= len(rows) // 2 if decoding.lingering else len(alive) < len(rows):
             rows = [rows[i] for i in alive]
-            if rows:
-                decoding.keep_rows(alive)
+            decoding.keep_rows(alive)
 
 
 def _common(logits: torch.Tensor, policies: Sequence[Policy]) -> torch.Tensor:
@@ -229,59 +228,58 @@ def _allowed(logits: torch.Tensor, policies: Sequence[Policy]) -> torch.Tensor:
     return logits.index_fill(-1, torch.tensor(never, device=logits.device), float("-inf")) if never else logits
 
 
-def _uniforms(rows: Sequence[_Row], device: torch.device, each: int | None = None) -> torch.Tensor:
-    """(B,) or (B, each) numbers in [0, 1), each row's from its own generator."""
-    numbers = [row.draw.random() if each is None else [row.draw.random() for _ in range(each)] for row in rows]
+def _uniforms(rows: Sequence[_Row], each: int, device: torch.device) -> torch.Tensor:
+    """(B, each) numbers in [0, 1), each row's from its own generator."""
+    numbers = [[row.draw.random() for _ in range(each)] for row in rows]
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
 def _inverse(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """(B, V) weights and (B,) numbers in [0, 1) -> (B,) tokens."""
+    """(B, V) weights, and (B,) or (B, n) numbers in [0, 1) -> as many tokens."""
     passed = probabilities.double().cumsum(-1)
-    found = torch.searchsorted(passed, uniforms[:, None] * passed[:, -1:], right=True)[:, 0]
+    wanted = uniforms.view(len(uniforms), -1) * passed[:, -1:]
+    found = torch.searchsorted(passed, wanted, right=True).view(uniforms.shape)
     return found.clamp(max=probabilities.shape[-1] - 1)
 
 
-def _see(teacher: torch.Tensor, student: torch.Tensor, policies: Sequence[Policy], config: RSDConfig) -> _Seen:
-    raw_teacher, raw_student = (_common(logits.softmax(-1), policies) for logits in (teacher, student))
-    warped = [
-        warp(_allowed(logits, policies), temperature, config.top_p, config.top_k)
-        for logits, temperature in ((teacher, config.teacher_temperature), (student, config.student_temperature))
-    ]
-    return _Seen(*warped, raw_teacher, raw_student, raw_student >= config.threshold)
+def _see(
+    logits: torch.Tensor,
+    student: torch.Tensor,
+    raw_student: torch.Tensor,
+    policies: Sequence[Policy],
+    config: RSDConfig,
+) -> _Seen:
+    """`logits` are the teacher's, (B, γ+1, V); what the student makes of the positions is known from its drafts."""
+    teacher = warp(_allowed(logits, policies), config.teacher_temperature, config.top_p, config.top_k)
+    raw_teacher = _common(logits.softmax(-1), policies)
+    return _Seen(teacher, student, raw_teacher, raw_student, raw_student >= config.threshold)
 
 
-def _step(seen: _Seen, rows: list[_Row], config: RSDConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _step(seen: _Seen, chances: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The plain step: the teacher draws until the student accepts, n times at most; then the student draws.
+
+    Args:
+        chances: (B, n + 1) numbers in [0, 1), one for each draw of the teacher and the student's.
 
     Returns:
         (B, 1) tokens, (B,) how many drafts were accepted (none: there are none), (B, 1) whether the teacher's.
     """
-    device = seen.teacher.device
-    tokens = torch.empty(len(rows), 1, dtype=torch.long, device=device)
-    proposed = torch.zeros(len(rows), 1, dtype=torch.bool, device=device)
-    waiting = list(range(len(rows)))
-    for _ in range(config.draws):
-        if not waiting:
-            break
-        drawn = _inverse(seen.teacher[waiting, 0], _uniforms([rows[i] for i in waiting], device))
-        accepted = seen.accepted[waiting, 0].gather(1, drawn[:, None])[:, 0]
-        for i, token, good in zip(waiting, drawn.tolist(), accepted.tolist(), strict=True):
-            if good:
-                tokens[i, 0], proposed[i, 0] = token, True
-        waiting = [i for i, good in zip(waiting, accepted.tolist(), strict=True) if not good]
-    if waiting:
-        tokens[waiting, 0] = _inverse(seen.student[waiting, 0], _uniforms([rows[i] for i in waiting], device))
-    return tokens, torch.zeros(len(rows), dtype=torch.long, device=device), proposed
+    proposals = _inverse(seen.teacher[:, 0], chances[:, :-1])
+    accepted = seen.accepted[:, 0].gather(1, proposals)
+    proposed, first = accepted.any(1), accepted.long().argmax(1)
+    theirs = proposals.gather(1, first[:, None])[:, 0]
+    tokens = torch.where(proposed, theirs, _inverse(seen.student[:, 0], chances[:, -1]))
+    return tokens[:, None], torch.zeros_like(tokens), proposed[:, None]
 
 
 def _speculate(
-    seen: _Seen, drafts: torch.Tensor, rows: list[_Row], config: RSDConfig
+    seen: _Seen, drafts: torch.Tensor, chances: torch.Tensor, config: RSDConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Speculative sampling with target q and draft p_S.
 
     Args:
         drafts: (B, γ) tokens drawn from p_S.
+        chances: (B, 2γ + 2) numbers in [0, 1): whether each draft stays, what follows the last that does, whose each token is.
 
     Returns:
         (B, γ+1) tokens, of which a row's first `accepted` + 1 count, (B,) how many drafts were accepted, (B, γ+1) whether a
@@ -290,43 +288,46 @@ def _speculate(
     (count, ahead), device = drafts.shape, drafts.device
     target, share = target_distribution(seen.teacher, seen.student, seen.accepted, config.draws)
     ours, theirs = (p[:, :ahead].gather(2, drafts[:, :, None])[:, :, 0] for p in (target, seen.student))
-    good = _uniforms(rows, device, ahead) * theirs.double() < ours.double()
+    good = chances[:, :ahead] * theirs.double() < ours.double()
     kept = good.long().cumprod(1).sum(1)
     at = torch.arange(count, device=device)
     # Behind the last draft there is none to refuse: what is missing there is all of q.
-    draft = torch.cat([seen.student[:, :ahead], torch.zeros_like(seen.student[:, :1])], 1)[at, kept]
+    draft = seen.student[at, kept] * (kept < ahead)[:, None]
     missing = (target[at, kept] - draft).clamp(min=0)
     # q and p_S are then the same but for rounding, and any draw of q is right.
     missing = torch.where(missing.sum(-1, keepdim=True) > 0, missing, target[at, kept])
     tokens = torch.cat([drafts, torch.zeros_like(drafts[:, :1])], 1)
-    tokens[at, kept] = _inverse(missing, _uniforms(rows, device))
+    tokens[at, kept] = _inverse(missing, chances[:, ahead])
     whole, of_teacher = (p.gather(2, tokens[:, :, None])[:, :, 0] for p in (target, share))
-    return tokens, kept, _uniforms(rows, device, ahead + 1) * whole < of_teacher
+    return tokens, kept, chances[:, ahead + 1 :] * whole < of_teacher
 
 
 def _append(
     seen: _Seen, tokens: torch.Tensor, kept: torch.Tensor, proposed: torch.Tensor, rows: list[_Row], ends: set[int]
-) -> list[int]:
-    """Adds a round's tokens to the traces; the rows that go on."""
-    raw = [p.gather(2, tokens[:, :, None])[:, :, 0].tolist() for p in (seen.raw_teacher, seen.raw_student)]
-    accepted = (seen.teacher * seen.accepted).sum(-1).tolist()
-    tokens, proposed, alive = tokens.tolist(), proposed.tolist(), []
-    for i, (row, count) in enumerate(zip(rows, (kept + 1).tolist(), strict=True)):
-        trace = row.trace
+) -> torch.Tensor:
+    """Adds a round's tokens to the traces of the rows that have not ended; (B,) how many of the tokens fed stay."""
+    raw = [p.gather(2, tokens[:, :, None])[:, :, 0] for p in (seen.raw_teacher, seen.raw_student)]
+    accepted = (seen.teacher * seen.accepted).sum(-1)
+    counts = (kept + 1)[:, None].expand_as(tokens)
+    # One way from the device to the host; float64 holds all of them.
+    of_round = torch.stack([t.double() for t in (tokens, proposed, *raw, accepted, counts)], -1).tolist()
+    stay = []
+    for row, drawn in zip(rows, of_round, strict=True):
+        trace, count = row.trace, int(drawn[0][-1])
+        stay.append(0 if trace.finish_reason else count)
+        if trace.finish_reason:
+            continue
         trace.rounds += 1
-        for j in range(count):
-            token = tokens[i][j]
-            trace.completion_ids.append(token)
-            trace.sources.append(TEACHER if proposed[i][j] else STUDENT)
-            trace.teacher_probs.append(raw[0][i][j])
-            trace.student_probs.append(raw[1][i][j])
-            trace.acceptance += (accepted[i][j] - trace.acceptance) / len(trace.completion_ids)
+        for token, is_teachers, of_teacher, of_student, chance, _ in drawn[:count]:
+            trace.completion_ids.append(int(token))
+            trace.sources.append(TEACHER if is_teachers else STUDENT)
+            trace.teacher_probs.append(of_teacher)
+            trace.student_probs.append(of_student)
+            trace.acceptance += (chance - trace.acceptance) / len(trace.completion_ids)
             if token in ends:
                 trace.finish_reason = "stop"
             elif len(trace.completion_ids) == row.room:
                 trace.finish_reason = row.reason
             if trace.finish_reason:
                 break
-        else:
-            alive.append(i)
-    return alive
+    return torch.tensor(stay)

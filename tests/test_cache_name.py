@@ -105,7 +105,7 @@ def test_a_model_of_the_other_name_decodes_the_same(wrap):
         policy = Policy(wrap(model))
         decoding = Decoding([policy], PROMPTS)
         decoding.feed(0, torch.tensor([[7], [9]]))
-        decoding.commit(torch.ones(2, dtype=torch.long), 1)
+        decoding.commit(torch.ones(2, dtype=torch.long))
         with torch.no_grad():
             found = decoding.feed(0, tokens)
         for row, prompt in enumerate(PROMPTS):

@@ -259,14 +259,14 @@ def test_rows_that_go_nowhere_end_cleanly():
         assert trace.sources == ["student"] * 10
 
 
-def test_models_whose_caches_cannot_have_holes_are_refused():
+def test_models_that_take_no_mask_of_ours_are_refused():
     from transformers import MistralConfig, MistralForCausalLM
 
     config = MistralConfig(
         vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, sliding_window=8,
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="the student cannot be decoded with slots left out: .*sliding-window"):
+    with pytest.raises(ConfigError, match="the student cannot be decoded row by row: .*sliding-window"):
         reverse_speculative_decode(tiny_llama(vocab_size=40), MistralForCausalLM(config).eval(), [[1]], RSDConfig(), 0)
     with pytest.raises(ConfigError, match="the teacher is in training mode"):
         reverse_speculative_decode(tiny_llama(vocab_size=40).train(), tiny_llama(vocab_size=40), [[1]], RSDConfig(), 0)
