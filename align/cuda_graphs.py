@@ -4,7 +4,8 @@ running them."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -19,12 +20,13 @@ class Recorded:
         function: from tensors to a tensor, without reading any value back to the host. What else it reads and writes, weights
             and caches, has to stay where it is.
         inputs: tensors to record it with; later ones have their shapes and dtypes.
+        pool: memory that recordings share, which are replayed one at a time.
 
     Raises:
         RuntimeError: it cannot be recorded, or its replay computes something else.
     """
 
-    def __init__(self, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> None:
+    def __init__(self, function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], pool: Any = None) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
         side = torch.cuda.Stream(self.inputs[0].device)
         side.wait_stream(torch.cuda.current_stream(side.device))
@@ -32,7 +34,7 @@ class Recorded:
             truth = function(*self.inputs).float()  # also what libraries set up on their first call
         torch.cuda.current_stream(side.device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=pool):
             self.output = function(*self.inputs)
         off = (self(*inputs).float() - truth).nan_to_num(0.0).abs().max()
         if not bool(off <= ALIKE * truth[truth.isfinite()].std()):
@@ -52,6 +54,12 @@ class Graphs:
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
         self._known: dict[tuple, Recorded] = {}
+        self._pool = torch.cuda.graph_pool_handle() if enabled else None
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._known)
 
     def run(self, key: tuple, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         """`function(*inputs)`, recorded when `key` is new."""
@@ -59,7 +67,7 @@ class Graphs:
             return function(*inputs)
         if key not in self._known:
             try:
-                self._known[key] = Recorded(function, *inputs)
+                self._known[key] = Recorded(function, inputs, self._pool)
             except RuntimeError as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .cuda_graphs import Graphs
 from .errors import ConfigError
@@ -66,10 +66,10 @@ class Policy:
         """Most positions it knows; `None` where its configuration does not say."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def forward(self, cache: Cache, **inputs: Any) -> torch.Tensor:
-        """Logits (B, n, V), by its own numbers of tokens; the cache takes the n tokens."""
+    def forward(self, **inputs: Any) -> torch.Tensor:
+        """Logits (B, n, V), by its own numbers of tokens; its cache takes the n tokens."""
         # Of the class: accelerate puts a wrapper without parameters on a model that it spreads over devices.
-        inputs[cache_name(type(base_model(self.model)).forward)] = cache
+        inputs[cache_name(type(base_model(self.model)).forward)] = self.cache
         if self.adapter is ...:
             return self.model(**inputs, use_cache=True).logits
         with active_adapter(self.model, self.adapter):
@@ -96,11 +96,16 @@ class Policy:
         foreign = [number for number in self.ids.values() if number not in self.ids]
         return own.to(self.device), torch.tensor(foreign, dtype=torch.long, device=self.device)
 
-    @property
-    def records(self) -> bool:
-        """Whether its passes can be CUDA graphs: all of it is on one GPU."""
+    @cached_property
+    def cache(self) -> SlotCache:
+        """Its keys and values."""
+        return SlotCache()
+
+    @cached_property
+    def graphs(self) -> Graphs:
+        """Its recorded passes, where all of it is on one GPU. The weights are then to stay where they are."""
         places = set((getattr(base_model(self.model), "hf_device_map", None) or {"": self.device}).values())
-        return self.cuda_graphs and self.device.type == "cuda" and len(places) == 1
+        return Graphs(self.cuda_graphs and self.device.type == "cuda" and len(places) == 1)
 
     def mask(self, seen: torch.Tensor) -> torch.Tensor:
         """(B, 1, n, W) bool, which slots a token sees, as its attention takes it fastest."""
@@ -119,38 +124,42 @@ class Decoding:
     """Several policies that are fed the same tokens, row by row: a row's token number t lies at slot t of a cache.
 
     Args:
-        policies: one cache is kept for each.
+        policies: each has a cache, which serves one decoding at a time.
         prompts: of each row, at least one token. All but the last are fed at once, equal ones once for all; the last is the
             first to be given to `feed`, so that every round begins alike.
     """
 
     def __init__(self, policies: Sequence[Policy], prompts: Sequence[Sequence[int]]) -> None:
-        self.policies = list(policies)
+        # The same policy twice needs two caches.
+        self.policies = [replace(p) if any(p is other for other in policies[:i]) else p for i, p in enumerate(policies)]
         #: (B,) tokens that a row has been fed, those that were taken back not counted.
         self.lengths = torch.tensor([len(prompt) - 1 for prompt in prompts])
-        self.caches = [SlotCache() for _ in self.policies]
-        self._graphs = [Graphs(policy.records) for policy in self.policies]
         places: dict[tuple[int, ...], int] = {}
-        rows = torch.tensor([places.setdefault(tuple(prompt[:-1]), len(places)) for prompt in prompts])
+        copies = torch.tensor([places.setdefault(tuple(prompt[:-1]), len(places)) for prompt in prompts])
         width = int(self.lengths.max())
-        if not width:
-            return
         ids = torch.zeros(len(places), width, dtype=torch.long)
         for row, prompt in enumerate(places):
             ids[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
         last = torch.zeros(ids.shape, dtype=torch.bool)
-        last[:1, -1] = True  # logits that nobody asks for: of one position in place of all
-        for policy, cache in zip(self.policies, self.caches, strict=True):
-            own = policy.own(ids.to(policy.device))
-            with head_on(policy.model, last):
-                # What stands behind a shorter prompt is overwritten before anything sees it.
-                policy.forward(cache, input_ids=own, position_ids=torch.arange(width, device=policy.device)[None])
-            cache.keep_rows(rows)
+        last[:1, -1:] = True  # logits that nobody asks for: of one position in place of all
+        for policy in self.policies:
+            slots = policy.cache.slots
+            slots.rows, slots.width, slots.at, slots.copies = len(prompts), room_for(width), None, copies
+            self._grow(policy, width)
+            if width:
+                own = policy.own(ids.to(policy.device))
+                with head_on(policy.model, last):
+                    # What stands behind a shorter prompt is overwritten before anything sees it.
+                    policy.forward(input_ids=own, position_ids=torch.arange(width, device=policy.device)[None])
+
+    def _grow(self, policy: Policy, width: int) -> None:
+        if policy.cache.grow(len(self.lengths), room_for(width)):
+            policy.graphs.forget()
 
     @property
     def lingering(self) -> bool:
         """Whether rows that have ended had better stay until many have: recordings are of one number of rows."""
-        return any(graphs.enabled for graphs in self._graphs)
+        return any(policy.graphs.enabled for policy in self.policies)
 
     def feed(self, number: int, tokens: torch.Tensor, before: int = 0) -> torch.Tensor:
         """Feeds (B, n) tokens to one policy; `commit` says afterwards which of them stay.
@@ -162,27 +171,22 @@ class Decoding:
         Returns:
             (B, n, V) logits.
         """
-        policy, cache, graphs = self.policies[number], self.caches[number], self._graphs[number]
+        policy = self.policies[number]
         fed = before + tokens.shape[1]
         width = int(self.lengths.max()) + fed
-        if cache.width < width:
-            graphs.forget()
-            cache.grow(room_for(width))
-        if graphs.enabled:
-            width = max(cache.width, room_for(width))
+        self._grow(policy, width)
+        if policy.graphs.enabled:
+            width = room_for(width)  # few widths, few recordings
         slots = (self.lengths[:, None] + torch.arange(before, fed)).to(policy.device)
-        inputs = policy.own(tokens.to(policy.device)), slots
 
         def run(ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-            cache.slots.at, cache.slots.width = slots, width
+            policy.cache.slots.at, policy.cache.slots.width = slots, width
             seen = (torch.arange(width, device=slots.device) <= slots[..., None])[:, None]
             # Drafts beyond a row's end, which nobody takes, have no positions of their own.
             positions = slots if policy.context is None else slots.clamp(max=policy.context - 1)
-            return policy.forward(cache, input_ids=ids, position_ids=positions, attention_mask=policy.mask(seen))
+            return policy.forward(input_ids=ids, position_ids=positions, attention_mask=policy.mask(seen))
 
-        if not cache.layers:
-            return policy.common(run(*inputs))  # which makes them
-        return policy.common(graphs.run((tokens.shape, width), run, *inputs))
+        return policy.common(policy.graphs.run((tokens.shape, width), run, policy.own(tokens.to(policy.device)), slots))
 
     def commit(self, kept: torch.Tensor) -> None:
         """Of the tokens that every policy was fed since the last call, the first (B,) `kept` of a row stay."""
@@ -192,9 +196,9 @@ class Decoding:
         """Lets the other rows go."""
         chosen = torch.tensor(rows)
         self.lengths = self.lengths[chosen]
-        for cache, graphs in zip(self.caches, self._graphs, strict=True):
-            graphs.forget()
-            cache.keep_rows(chosen)
+        for policy in self.policies:
+            policy.cache.keep_rows(chosen)
+            policy.cache.slots.rows = len(rows)
 
 
 def warp(logits: torch.Tensor, temperature: float, top_p: float, top_k: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ LEAST = 256
 
 
 def room_for(width: int) -> int:
-    """Slots to keep for rows of so many: a power of two or half as many again, so that growing is rare and cheap."""
+    """Slots to keep for rows of so many: a power of two, or half as many again. So growing is rare, and few widths occur."""
     kept = LEAST
     while kept < width:
         kept = kept * 3 // 2 if kept & (kept - 1) == 0 else kept * 4 // 3
@@ -26,26 +26,30 @@ class Slots:
     """Where the tokens of a pass go, the same in all layers.
 
     Args:
-        at: (B, n) slots; `None` for a first pass, whose tokens fill the slots from 0 on.
-        width: how many slots the pass looks at.
+        rows: B, rows of a pass.
+        width: how many slots of a row a pass looks at.
+        at: (B, n) slots of its tokens; `None` for a first pass, whose tokens fill slots from 0 on.
+        copies: (B,) for a first pass, which of its rows each of the B is.
     """
 
-    at: torch.Tensor | None = None
+    rows: int = 0
     width: int = 0
-    _rows: dict[tuple, torch.Tensor] = field(default_factory=dict)
+    at: torch.Tensor | None = None
+    copies: torch.Tensor | None = None
+    _numbers: dict[tuple, torch.Tensor] = field(default_factory=dict)
 
     def index(self, device: torch.device) -> tuple[torch.Tensor, slice, torch.Tensor]:
-        """Of the new keys (B, n, heads, size) in those of all slots (B, heads, W, size)."""
-        key = (device, len(self.at))
-        if key not in self._rows:
-            self._rows[key] = torch.arange(len(self.at), device=device)[:, None]
-        return self._rows[key], slice(None), self.at.to(device)
+        """Of the tokens' keys (B, n, heads, size) in those of all slots (B, heads, W, size)."""
+        key = (device, self.rows)
+        if key not in self._numbers:
+            self._numbers[key] = torch.arange(self.rows, device=device)[:, None]
+        return self._numbers[key], slice(None), self.at.to(device)
 
 
 class SlotLayer(DynamicLayer):
-    """(B, heads, W, size) keys and values of one layer, of which a pass sees the first `slots.width`.
+    """(R, heads, W, size) keys and values of one layer, of which a pass sees the first `rows` and the first `width` slots.
 
-    What a row has not filled is masked out by its caller. It is zero or of tokens that were taken back: always finite, since
+    What a row has not filled is masked out by the caller. It is zero or of tokens that are no longer there: always finite, since
     even a weight of 0 makes NaN of what is not.
     """
 
@@ -57,51 +61,56 @@ class SlotLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Puts (B, heads, n, size) of the tokens of a pass into their slots."""
-        if self.slots.at is None:
-            self.keys, self.values, self.is_initialized = key_states, value_states, True
-            return key_states, value_states
+        slots, states = self.slots, (key_states, value_states)
         if not self.is_initialized:
-            batch, heads, _, size = key_states.shape
-            self.keys = key_states.new_zeros(batch, heads, 0, size)
-            self.values = value_states.new_zeros(batch, heads, 0, value_states.shape[-1])
+            self.keys, self.values = (s.new_zeros(0, s.shape[1], 0, s.shape[3]) for s in states)
             self.is_initialized = True
-        self.grow(self.slots.width)
-        index = self.slots.index(self.keys.device)
-        self.keys[index] = key_states.transpose(1, 2)
-        self.values[index] = value_states.transpose(1, 2)
-        return self.keys[:, :, : self.slots.width], self.values[:, :, : self.slots.width]
+        self.grow(slots.rows, slots.width)
+        if slots.at is None:
+            for kept, new in zip((self.keys, self.values), states, strict=True):
+                kept[: slots.rows, :, : new.shape[2]] = new[slots.copies.to(new.device)]
+            return states
+        index = slots.index(self.keys.device)
+        for kept, new in zip((self.keys, self.values), states, strict=True):
+            kept[: slots.rows][index] = new.transpose(1, 2)
+        return self.keys[: slots.rows, :, : slots.width], self.values[: slots.rows, :, : slots.width]
 
-    def grow(self, width: int) -> None:
-        """Keeps at least `width` slots."""
-        missing = width - self.keys.shape[2]
-        if missing > 0:
-            self.keys, self.values = (torch.nn.functional.pad(v, (0, 0, 0, missing)) for v in (self.keys, self.values))
+    def get_seq_length(self) -> int:
+        """Tokens before those of a pass that comes without a mask, which is a first one: none."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys of such a pass, and where they begin."""
+        return query_length, 0
+
+    def grow(self, rows: int, width: int) -> bool:
+        """Keeps at least so many rows and slots; whether that moved what is kept."""
+        more = max(0, rows - self.keys.shape[0]), max(0, width - self.keys.shape[2])
+        if not any(more):
+            return False
+        wider = 0, 0, 0, more[1], 0, 0, 0, more[0]
+        self.keys, self.values = (torch.nn.functional.pad(kept, wider) for kept in (self.keys, self.values))
+        return True
 
     def keep_rows(self, rows: torch.Tensor) -> None:
-        """Keeps the given rows, in the given order, and any as often as it is given."""
-        self.keys, self.values = (v[rows.to(v.device)] for v in (self.keys, self.values))
+        """Puts the given rows, in the given order, in front."""
+        for kept in (self.keys, self.values):
+            kept[: len(rows)] = kept[rows.to(kept.device)]
 
 
 class SlotCache(Cache):
-    """A model's keys and values, in a `SlotLayer` for each of its layers."""
+    """A model's keys and values, in a `SlotLayer` for each of its layers. It serves one batch after the other."""
 
     def __init__(self) -> None:
         self.slots = Slots()
         super().__init__(layer_class_to_replicate=partial(SlotLayer, self.slots))
 
-    @property
-    def width(self) -> int:
-        """Slots that are kept of a row."""
-        return min((layer.keys.shape[2] for layer in self.layers if layer.is_initialized), default=0)
-
-    def grow(self, width: int) -> None:
-        """See `SlotLayer`; what is kept moves."""
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.grow(width)
+    def grow(self, rows: int, width: int) -> bool:
+        """See `SlotLayer`."""
+        moved = [layer.grow(rows, width) for layer in self.layers]
+        return any(moved)
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """See `SlotLayer`."""
         for layer in self.layers:
-            if layer.is_initialized:
-                layer.keep_rows(rows)
+            layer.keep_rows(rows)

@@ -153,12 +153,14 @@ def load_policies(
     student: Mapping[str, Any],
     special_tokens: Mapping[str, str] | None = None,
     never: Sequence[str] = (),
+    cuda_graphs: bool = True,
 ) -> tuple[Policy, Policy, PreTrainedTokenizerBase]:
     """Both models, checked to have the same token ids before either is loaded, and the student's tokenizer.
 
     Args:
         teacher, student: arguments of `align.load_model`, `path` among them. Two adapters on one base share it in memory.
         special_tokens, never: see `align.vocabulary.shared_ids`.
+        cuda_graphs: see `align.decoding.Policy`.
 
     Raises:
         ModelMismatchError: the tokenizers differ.
@@ -178,12 +180,11 @@ def load_policies(
         adapters = {r: m["adapter"] for r, m in (("teacher", teacher), ("student", student)) if m.get("adapter")}
         model = load_adapters(load_model(**base), adapters) if adapters else load_model(**base)
         names = [role if role in adapters else None for role in ("teacher", "student")]
-        return Policy(model, names[0], renamed, barred), Policy(model, names[1], never=barred), tokenizers[1]
-    return (
-        Policy(load_model(**teacher), ids=renamed, never=barred),
-        Policy(load_model(**student), never=barred),
-        tokenizers[1],
-    )
+        models = (model, names[0]), (model, names[1])
+    else:
+        models = (load_model(**teacher), ...), (load_model(**student), ...)
+    policies = [Policy(*m, ids, barred, cuda_graphs) for m, ids in zip(models, (renamed, {}), strict=True)]
+    return *policies, tokenizers[1]
 
 
 def _columns(tokenizer: PreTrainedTokenizerBase, problem: Record, trace: Trace) -> Record:

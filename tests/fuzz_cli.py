@@ -181,7 +181,7 @@ def _load_model(path, *, dtype="float32", quantization=None, adapter=None, **_op
     return base_model()
 
 
-def _load_policies(teacher, student, special_tokens=None, never=()):
+def _load_policies(teacher, student, special_tokens=None, never=(), cuda_graphs=True):
     from align.decoding import Policy
     from align.vocabulary import shared_ids
 

@@ -9,8 +9,9 @@ from conftest import tiny_llama
 from peft import LoraConfig, get_peft_model
 from test_contexts import p_value
 
-from align.decoding import warp
+from align.decoding import Policy, warp
 from align.errors import ConfigError
+from align.models import active_adapter
 from align.rsd import RSDConfig, reverse_speculative_decode, target_distribution
 
 V, LENGTH = 5, 3
@@ -102,12 +103,13 @@ def test_a_hundred_thousand_sequences(lookahead, draws):
     assert fit(found, expected, 100_000) > 0.001
 
 
-def test_a_broken_rule_is_found(monkeypatch):
-    """The same test rejects: drafts that are all accepted, and residuals that are no residuals."""
+@pytest.mark.parametrize("draws", [1, 3])
+def test_a_broken_rule_is_found(monkeypatch, draws):
+    """The same test rejects: drafts that are accepted too often, and a threshold that is not looked at."""
     from align import rsd
 
     teacher, student = models()
-    expected = exact(teacher, student, [3, 1], 0.15, 1)
+    expected = exact(teacher, student, [3, 1], 0.15, draws)
     whole = rsd.target_distribution
 
     def too_kind(teacher, student, accepted, draws):
@@ -119,7 +121,7 @@ def test_a_broken_rule_is_found(monkeypatch):
 
     for broken in (too_kind, no_threshold):
         monkeypatch.setattr(rsd, "target_distribution", broken)
-        found = sample(teacher, student, [3, 1], 10_000, threshold=0.15, lookahead=4)
+        found = sample(teacher, student, [3, 1], 10_000, threshold=0.15, lookahead=4, draws=draws)
         assert set(found) - {k for k, chance in expected.items() if chance > 0} or fit(found, expected, 10_000) < 1e-9
 
 
@@ -207,25 +209,83 @@ def test_recorded_probabilities_are_those_of_a_full_pass(lookahead):
     assert checked > 50 and len({len(trace.completion_ids) for trace in traces}) > 3
 
 
-def test_one_base_with_two_adapters():
-    from conftest import tiny_llama
-
+@pytest.mark.parametrize("roles", [("other", None), ("other", "default"), (None, "other")])
+def test_one_base_with_two_adapters(roles):
     model = get_peft_model(
         tiny_llama(vocab_size=40), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     )
     model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
     model.eval()
     config = RSDConfig(threshold=0.02, max_new_tokens=20)
-    found = reverse_speculative_decode((model, "other"), (model, None), prompts(4), config, 0)
-    from align.models import active_adapter
+    traces = reverse_speculative_decode(*((model, name) for name in roles), prompts(4), config, 0)
+    for ids, trace in zip(prompts(4), traces, strict=True):
+        whole = torch.tensor([ids + trace.completion_ids])
+        for name, recorded in zip(roles, (trace.teacher_probs, trace.student_probs), strict=True):
+            with torch.no_grad(), active_adapter(model, name):
+                p = model(whole).logits[0, len(ids) - 1 : -1].softmax(-1)
+            truth = p.gather(1, torch.tensor(trace.completion_ids)[:, None])[:, 0]
+            assert torch.allclose(torch.tensor(recorded), truth, atol=1e-4)
 
-    trace = found[0]
-    whole = torch.tensor([prompts(4)[0] + trace.completion_ids])
-    for name, recorded in (("other", trace.teacher_probs), (None, trace.student_probs)):
-        with torch.no_grad(), active_adapter(model, name):
-            p = model(whole).logits[0, len(prompts(4)[0]) - 1 : -1].softmax(-1)
-        truth = p.gather(1, torch.tensor(trace.completion_ids)[:, None])[:, 0]
-        assert torch.allclose(torch.tensor(recorded), truth, atol=1e-4)
+
+def test_a_policy_serves_one_batch_after_another():
+    """Its cache holds what earlier batches left, rows and slots of other numbers."""
+    models, policies = wide(), [Policy(model) for model in wide()]
+    config = RSDConfig(threshold=0.02, max_new_tokens=30, lookahead=3)
+    for batch in (prompts(3), prompts(7, 1), [[1, 2]], prompts(5, 2), [[4], [5]]):
+        fresh, again = (reverse_speculative_decode(*those, batch, config, 0) for those in (models, policies))
+        assert [t.completion_ids for t in fresh] == [t.completion_ids for t in again]
+    one = Policy(models[0])  # as teacher and as student
+    twice, apart = reverse_speculative_decode(one, one, prompts(4), config, 0), Policy(models[0])
+    expected = reverse_speculative_decode(one, apart, prompts(4), config, 0)
+    assert [t.completion_ids for t in twice] == [t.completion_ids for t in expected]
+
+
+def test_long_rows_beside_short_ones():
+    """Caches grow and rows leave, so slots move; each row is what it is alone."""
+    teacher, student = tiny_llama(5), tiny_llama(6, num_hidden_layers=1)
+    config = RSDConfig(threshold=0.001, max_new_tokens=280, lookahead=2, teacher_temperature=1.5, top_k=0)
+    those = [ids * 9 for ids in prompts(6)] + [[7], [7]]
+    traces = reverse_speculative_decode(teacher, student, those, config, 0)
+    lengths = [len(trace.completion_ids) for trace in traces]
+    assert max(lengths) > 256 > min(lengths) and traces[6].completion_ids != traces[7].completion_ids
+    for number in (0, int(torch.tensor(lengths).argmax()), 7):
+        alone = reverse_speculative_decode(teacher, student, [those[number]], config, 0, [number])[0]
+        assert alone.completion_ids == traces[number].completion_ids
+        assert alone.student_probs == pytest.approx(traces[number].student_probs, abs=1e-5)
+
+
+@pytest.mark.parametrize("lookahead", [0, 3])
+def test_rows_that_have_ended_may_stay(monkeypatch, lookahead):
+    """As on a GPU, where passes are recorded for a number of rows and a number of slots; here a recording is the pass again."""
+    from align import cuda_graphs
+
+    keys = []
+
+    class Again:
+        def __init__(self, function, inputs, _pool):
+            self.function, self.inputs = function, [tensor.clone() for tensor in inputs]
+            keys.append(tuple(self.inputs[0].shape))
+
+        def __call__(self, *inputs):
+            for own, given in zip(self.inputs, inputs, strict=True):
+                own.copy_(given)
+            return self.function(*self.inputs)
+
+    models = wide(3)
+    config = RSDConfig(threshold=0.03, draws=2, lookahead=lookahead, max_new_tokens=150, top_k=0)
+    plain = reverse_speculative_decode(*models, prompts(9), config, 0)
+    monkeypatch.setattr(cuda_graphs, "Recorded", Again)
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
+    policies = [Policy(model) for model in models]
+    for policy in policies:
+        policy.__dict__["graphs"] = cuda_graphs.Graphs(True)
+    for _ in range(2):
+        found = reverse_speculative_decode(*policies, prompts(9), config, 0)
+        assert [(t.completion_ids, t.sources, t.rounds) for t in found] == [
+            (t.completion_ids, t.sources, t.rounds) for t in plain
+        ]
+        known = len(keys)
+    assert len(keys) == known and {rows for rows, _ in keys} >= {9, 4, 2, 1}
 
 
 def test_vocabularies_padded_to_different_sizes():
