@@ -54,7 +54,7 @@ class Graphs:
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
         self._known: dict[tuple, Recorded] = {}
-        self._pool = torch.cuda.graph_pool_handle() if enabled else None
+        self._pool: Any = None
 
     @property
     def count(self) -> int:
@@ -67,6 +67,8 @@ class Graphs:
             return function(*inputs)
         if key not in self._known:
             try:
+                # A pool dies with the last recording in it.
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
                 self._known[key] = Recorded(function, inputs, self._pool)
             except RuntimeError as error:
                 if isinstance(error, torch.OutOfMemoryError):
@@ -81,3 +83,4 @@ class Graphs:
     def forget(self) -> None:
         """Drops all recordings: what they read or write has moved."""
         self._known.clear()
+        self._pool = None

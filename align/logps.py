@@ -205,7 +205,9 @@ def _agrees(model: PreTrainedModel, dtype: torch.dtype) -> bool:
             return False  # a model that makes masks of its own has no use for ours
         logits[share] = torch.cat(parts)
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
-    return bool((logits[True] - logits[False]).abs().max() <= tolerance * logits[False].std())
+    # By position: a wrong mask moves all logits of some; rounding in bfloat16 moves the worst of 150,000 by a lot, but not all.
+    scale = (logits[False] - logits[False].mean(-1, keepdim=True)).norm(dim=-1)
+    return bool(((logits[True] - logits[False]).norm(dim=-1) <= tolerance * scale).all())
 
 
 def keep_pages() -> None:

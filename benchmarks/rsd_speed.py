@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from align.decoding import Decoding, Policy, warp
 from align.report import markdown_table
-from align.rsd import RSDConfig, reverse_speculative_decode, target_distribution
+from align.rsd import RSDConfig, reverse_speculative_decode
 
 #: Llama's shapes: width, of the feed-forward part, heads, vocabulary, layers of the student.
 LLAMA = {"cpu": (1024, 2816, 16, 8192, 2), "tiny": (64, 128, 4, 512, 1)}
@@ -114,16 +114,15 @@ def make_qwens(shape: str, accepted: float, sharpness: float, device: str, dtype
 
 
 def agreement(teacher: PreTrainedModel, student: PreTrainedModel) -> float:
-    """Chance that a draft is accepted: the mass that q and p_S share, on average over positions of random text."""
-    config, common = RSDConfig(draws=5), student.config.vocab_size
+    """The mass that p_T and p_S share, on average over positions of random text: about the chance that a draft is accepted."""
+    config, common = RSDConfig(), student.config.vocab_size
     ids = torch.randint(0, common, (4, 32), device=teacher.device)
     theirs, ours = (model(ids).logits[..., :common].float() for model in (teacher, student))
     warped = [
         warp(logits, temperature, config.top_p, config.top_k)
         for logits, temperature in ((theirs, config.teacher_temperature), (ours, config.student_temperature))
     ]
-    q, _ = target_distribution(*warped, ours.softmax(-1) >= config.threshold, config.draws)
-    return float(torch.minimum(q, warped[1]).sum(-1).mean())
+    return float(torch.minimum(*warped).sum(-1).detach().mean())
 
 
 def now(device: str) -> float:
@@ -160,12 +159,14 @@ def measure(
     if device != "cpu":
         kinds += [(False, ahead) for ahead in UNRECORDED]
     policies = {graphs: [Policy(model, cuda_graphs=graphs) for model in models] for graphs in (True, False)}
-    cost = {graphs: pass_seconds(p[1], batch) / pass_seconds(p[0], batch) for graphs, p in policies.items()}
+    passes = {graphs: [pass_seconds(policy, batch) for policy in those] for graphs, those in policies.items()}
     found: dict[tuple, dict[str, list]] = {kind: {"speed": [], "gain": [], "accepted": []} for kind in kinds}
     first: dict[tuple, float] = {}
     for number in range(-1 if device != "cpu" else 0, rounds):
         for kind in kinds:
             graphs, ahead = kind
+            if not graphs and number < 0:
+                continue  # nothing to record
             config = RSDConfig(threshold, lookahead=ahead, draws=5, max_new_tokens=tokens, seed=number)
             start = now(device)
             traces = reverse_speculative_decode(*policies[graphs], prompts, config, NOWHERE)
@@ -180,14 +181,14 @@ def measure(
     results = []
     for (graphs, ahead), those in found.items():
         speed, plain = median(those["speed"]), median(found[graphs, 0]["speed"])
-        gain = sum(those["gain"]) / rounds
+        gain, (teacher, student) = sum(those["gain"]) / rounds, passes[graphs]
         row = {
-            "batch": batch, "teacher / student": 1 / cost[graphs], "proposals accepted": sum(those["accepted"]) / rounds,
+            "batch": batch, "teacher pass, ms": 1e3 * teacher, "teacher / student": teacher / student, "proposals accepted": sum(those["accepted"]) / rounds,
             "drafts accepted": drafts, "lookahead": ahead, "tokens per second": speed, "over lookahead 0": speed / plain,
-            "tokens per teacher pass": gain, "bound": bound(gain, ahead, cost[graphs]), "all": those["speed"],
+            "tokens per teacher pass": gain, "bound": bound(gain, ahead, student / teacher), "all": those["speed"],
         }  # fmt: skip
         if device != "cpu":
-            row |= {"cuda graphs": graphs, "first batch, seconds": first[graphs, ahead], "peak GB": peak()}
+            row |= {"cuda graphs": graphs, "first batch, seconds": first.get((graphs, ahead)), "peak GB": peak()}
         results.append(row)
     return results
 

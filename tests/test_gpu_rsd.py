@@ -36,7 +36,7 @@ def test_recorded_passes_draw_the_same(lookahead, attention):
     on_cpu = tokens(reverse_speculative_decode(*pair("cpu", attn_implementation=attention), prompts(9), config, 0))
     assert found[0] == found[1] == plain == on_cpu
     # Rows left along the way, caches grew (more than 256 slots), and there were batches of other sizes.
-    assert max(len(ids) for ids, *_ in plain) > 300 > 100 > min(len(ids) for ids, *_ in plain)
+    assert max(len(ids) for ids, *_ in plain) > 256 > 100 > min(len(ids) for ids, *_ in plain)
     alone = tokens(reverse_speculative_decode(*recorded, prompts(9)[3:5], config, 0, numbers=[3, 4]))
     assert alone == plain[3:5]
 

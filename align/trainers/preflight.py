@@ -170,8 +170,10 @@ class Preflight(FiniteGuard, ABC):
         others = []
         if hasattr(args, "max_tokens_per_batch") and budget is None and len(batch.rows) > 1:
             others.append("max_tokens_per_batch")
-        if not args.activation_checkpointing:
-            others.append("activation_checkpointing=True")
+        # transformers has renamed it along the way.
+        name = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
+        if not getattr(args, name):
+            others.append(f"{name}=True")
         return (
             f"preflight, before step {self.state.global_step + 1}: the longest batch does not fit into memory: {shown}"
             f"{' …' if len(batch.rows) > NAMED else ''}: {what}. Lower {', or '.join(remedies)}"
