@@ -236,6 +236,28 @@ def test_the_speed_of_traces_is_quoted_as_measured():
     assert f"and {max(eight.values()) / max(one.values()):.1f} with the best γ of each" in README
 
 
+def test_the_speed_of_traces_on_a_gpu_is_quoted_as_measured():
+    result = json.loads((ROOT / "benchmarks/results/rsd_speed_cuda.json").read_text())
+    assert result["hardware"] == "NVIDIA H200" and result["new tokens"] == 128 and result["rounds"] == 2
+    spread = {True: [], False: []}
+    for row in result["results"]:
+        spread[row["cuda graphs"]].append(max(row["all"]) / min(row["all"]))
+    assert 2.9 < max(spread[False]) < 3.1 and max(spread[True]) < 1.135
+    for batch in (1, 8, 32):
+        mine = [row for row in result["results"] if row["batch"] == batch]
+        rows = {row["lookahead"]: row for row in mine if row["cuda graphs"]}
+        (without,) = (row for row in mine if not row["cuda graphs"] and row["lookahead"] == 0)
+        best, plain = max(rows.values(), key=lambda row: row["over lookahead 0"]), rows[0]
+        teacher = [row["teacher pass, ms"] for row in (without, plain)]
+        student = [row["teacher pass, ms"] / row["teacher / student"] for row in (without, plain)]
+        shown = [
+            batch, " → ".join(f"{ms:.1f}" for ms in teacher), " → ".join(f"{ms:.1f}" for ms in student), f"{100 * plain['drafts accepted']:.0f} %",
+            f"{without['tokens per second']:,.0f}", f"{plain['tokens per second']:,.0f}",
+            f"{best['tokens per second']:,.0f} (γ = {best['lookahead']})", f"{best['over lookahead 0']:.2f}", f"{best['bound']:.2f}",
+        ]  # fmt: skip
+        assert f"| {' | '.join(map(str, shown))} |" in README, batch
+
+
 def test_what_students_learn_from_traces_is_quoted_as_measured():
     result = json.loads((ROOT / "benchmarks/results/traces.json").read_text())
     assert result["seeds"] == 5 and len(result["accuracy"]) == 8
