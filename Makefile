@@ -11,8 +11,9 @@ quickstart: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/cdpo.py \
 		--config recipes/configs/cdpo/tiny-arithmetic.yaml --output $(OUT)
 
+# One thread per process, as tiny models are fastest; two processes, as many tests wait for launches of their own.
 test: .venv/installed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow

@@ -38,8 +38,8 @@ ENGINE = {"--engine": st.sampled_from(["transformers", "server", "server", "x"])
           "--served-model-name": text, "--concurrency": free, "--timeout": share, "--tensor-parallel-size": free, "--max-model-len": free,
           "--gpu-memory-utilization": share}  # fmt: skip
 
-#: Options that only what loads models looks at, which is replaced here.
-LOADING = {"--dtype", "--trust-remote-code", "--teacher-adapter", "--student-adapter"}
+#: Options that only what loads models looks at, which is replaced here, or what runs them on a GPU.
+LOADING = {"--cuda-graphs", "--dtype", "--trust-remote-code", "--teacher-adapter", "--student-adapter"}
 
 #: Command -> kinds of its input, whether it writes records, what it always needs, and what it may have.
 COMMANDS = {
