@@ -35,6 +35,14 @@ def check_temperature(name: str, value: Any) -> None:
         )
 
 
+def check_share(name: str, value: Any) -> None:
+    """Raises a ConfigError where a share or probability is no number in [0, 1]."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1:
+        text = ", and no text: YAML reads 1e-5 as one, and 1.0e-5 as a number" if isinstance(value, str) else ""
+        raise ConfigError(f"{name} = {value!r} must lie in [0, 1]{text}")
+
+
 def check_apart(*paths: str | os.PathLike | None) -> None:
     """Raises a ConfigError where two of a stage's files are one: an output would replace an input or another output."""
     seen: dict[Path, str | os.PathLike] = {}

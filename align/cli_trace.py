@@ -51,7 +51,7 @@ def trace(
     max_prompt_length: int | None = None,
     batch_size: Annotated[int, typer.Option(help="Traces drawn together.")] = 16,
     cuda_graphs: Annotated[
-        bool, typer.Option(help="Record passes on a GPU and replay them: faster by far, and nothing else.")
+        bool, typer.Option(help="Record passes on a GPU and replay them: faster by far, the same but for rounding.")
     ] = True,
     split: str = "train",
     subset: str | None = None,

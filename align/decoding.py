@@ -53,6 +53,11 @@ class Policy:
         # A vocabulary of fewer is too small to try it on.
         if reason is None and self.vocabulary > 7 and not shares_prefixes(self.model):
             reason = "it does not compute by the mask and the positions that it is given"
+        if strange := [(c, own) for c, own in self.ids.items() if max(c, own) >= self.vocabulary]:
+            raise ConfigError(
+                f"the {role} is said to know token {strange[0][0]} as {strange[0][1]}, but has {self.vocabulary} ids; "
+                "resize its embeddings, or never draw that token"
+            )
         if reason is not None:
             raise ConfigError(f"the {role} cannot be decoded row by row: {reason}; take a model of full attention")
 
@@ -79,13 +84,12 @@ class Policy:
         """Its own numbers of common ids."""
         return self._numbers[0][ids] if self.ids else ids
 
-    def common(self, logits: torch.Tensor) -> torch.Tensor:
-        """(…, V) logits of common ids."""
+    def common(self, values: torch.Tensor, nothing: float) -> torch.Tensor:
+        """(…, V) logits or probabilities of common ids; `nothing` stands at its own numbers that are no common ids."""
         if not self.ids:
-            return logits
+            return values
         own, foreign = self._numbers
-        # Its own numbers of these tokens are no common ids.
-        return logits[..., own].index_fill(-1, foreign, float("-inf"))
+        return values[..., own].index_fill(-1, foreign, nothing)
 
     @cached_property
     def _numbers(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,9 +107,28 @@ class Policy:
 
     @cached_property
     def graphs(self) -> Graphs:
-        """Its recorded passes, where all of it is on one GPU. The weights are then to stay where they are."""
+        """Its recorded passes, where all of it is on one GPU and nothing is cast on the way."""
         places = set((getattr(base_model(self.model), "hf_device_map", None) or {"": self.device}).values())
-        return Graphs(self.cuda_graphs and self.device.type == "cuda" and len(places) == 1)
+        on_one = self.device.type == "cuda" and len(places) == 1
+        return Graphs(self.cuda_graphs and on_one and not torch.is_autocast_enabled("cuda"))
+
+    def let_go(self) -> None:
+        """Drops keys, values and recordings."""
+        for name in ("cache", "graphs", "_numbers"):
+            self.__dict__.pop(name, None)
+
+    def look(self) -> None:
+        """Drops them where they are of another state of the model: of weights that lay elsewhere, other adapters, other casts."""
+        weights = (*self.model.parameters(), *self.model.buffers())
+        layers = [m for m in self.model.modules() if hasattr(m, "active_adapters") and hasattr(m, "merged")]
+        state = (
+            torch.is_autocast_enabled(self.device.type), torch.get_autocast_dtype(self.device.type),
+            [(w.data_ptr(), w.dtype, w.device) for w in weights],
+            [(list(m.active_adapters), m.merged, m.disable_adapters) for m in layers],
+        )  # fmt: skip
+        if self.__dict__.get("_state") != state:
+            self.let_go()
+            self.__dict__["_state"] = state
 
     def mask(self, seen: torch.Tensor) -> torch.Tensor:
         """(B, 1, n, W) bool, which slots a token sees, as its attention takes it fastest."""
@@ -143,6 +166,7 @@ class Decoding:
         last = torch.zeros(ids.shape, dtype=torch.bool)
         last[:1, -1:] = True  # logits that nobody asks for: of one position in place of all
         for policy in self.policies:
+            policy.look()
             slots = policy.cache.slots
             slots.rows, slots.width, slots.at, slots.copies = len(prompts), room_for(width), None, copies
             self._grow(policy, width)
@@ -153,8 +177,9 @@ class Decoding:
                     policy.forward(input_ids=own, position_ids=torch.arange(width, device=policy.device)[None])
 
     def _grow(self, policy: Policy, width: int) -> None:
-        if policy.cache.grow(len(self.lengths), room_for(width)):
-            policy.graphs.forget()
+        if not policy.cache.holds(len(self.lengths), room_for(width)):
+            policy.graphs.forget()  # first: they read and write what moves, and hold memory
+            policy.cache.grow(len(self.lengths), room_for(width))
 
     @property
     def lingering(self) -> bool:
@@ -169,7 +194,7 @@ class Decoding:
             before: tokens that it was fed since the last `commit`.
 
         Returns:
-            (B, n, V) logits.
+            (B, n, V) logits, by its own numbers of tokens.
         """
         policy = self.policies[number]
         fed = before + tokens.shape[1]
@@ -186,7 +211,7 @@ class Decoding:
             positions = slots if policy.context is None else slots.clamp(max=policy.context - 1)
             return policy.forward(input_ids=ids, position_ids=positions, attention_mask=policy.mask(seen))
 
-        return policy.common(policy.graphs.run((tokens.shape, width), run, policy.own(tokens.to(policy.device)), slots))
+        return policy.graphs.run((tokens.shape, width), run, policy.own(tokens.to(policy.device)), slots)
 
     def commit(self, kept: torch.Tensor) -> None:
         """Of the tokens that every policy was fed since the last call, the first (B,) `kept` of a row stay."""

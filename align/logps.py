@@ -180,8 +180,10 @@ def shares_prefixes(model: PreTrainedModel) -> bool:
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     known = getattr(base, "_align_shares_prefixes", None)
     if known is None:
-        known = base._align_shares_prefixes = _may_share(model) and _agrees(model, base.dtype)
-    return known
+        known = _may_share(model) and _agrees(model, base.dtype)
+        if known is not None:
+            base._align_shares_prefixes = known
+    return bool(known)
 
 
 def _may_share(model: PreTrainedModel) -> bool:
@@ -189,8 +191,8 @@ def _may_share(model: PreTrainedModel) -> bool:
     return model.config.get_text_config().vocab_size > 7 and configured_not_to_share(model) is None
 
 
-def _agrees(model: PreTrainedModel, dtype: torch.dtype) -> bool:
-    """Whether two short rows have the same logits in one tree and apart."""
+def _agrees(model: PreTrainedModel, dtype: torch.dtype) -> bool | None:
+    """Whether two short rows have the same logits in one tree and apart; `None` where its logits are no numbers."""
     import torch
 
     rows: list[Row] = [([1, 2, 3], [4, 5, 6, 7]), ([1, 2, 3], [4, 7, 5, 6])]
@@ -204,6 +206,8 @@ def _agrees(model: PreTrainedModel, dtype: torch.dtype) -> bool:
                 raise
             return False  # a model that makes masks of its own has no use for ours
         logits[share] = torch.cat(parts)
+    if not logits[False].isfinite().all():
+        return None
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
     # By position: a wrong mask moves all logits of some; rounding in bfloat16 moves the worst of 150,000 by a lot, but not all.
     scale = (logits[False] - logits[False].mean(-1, keepdim=True)).norm(dim=-1)

@@ -13,6 +13,7 @@ Which model a token came from is then drawn given the token: P(teacher | v) is t
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .checks import check_seed, check_temperature, check_whole
+from .checks import check_seed, check_share, check_temperature, check_whole
 from .decoding import Decoding, Policy, warp
-from .errors import ConfigError
+from .errors import ConfigError, NonFiniteError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +39,8 @@ class RSDConfig:
     Args:
         threshold: τ, the least raw probability under the student of a token that it accepts.
         draws: n, how often the teacher may propose before the student's own sample is taken.
-        lookahead: γ, tokens that the student drafts per pass of the teacher; 0 is the plain loop. It changes speed alone.
+        lookahead: γ, tokens that the student drafts per pass of the teacher; 0 is the plain loop. It changes speed alone, and with
+            greedy policies not even the tokens, but for what rounding does in 16 bits.
         max_new_tokens: longest trace, end token included.
         teacher_temperature, student_temperature: 0 is greedy.
         top_p, top_k: of both distributions; `top_k` 0 is the whole vocabulary.
@@ -56,15 +58,15 @@ class RSDConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
-            raise ConfigError(f"threshold = {self.threshold} must lie in [0, 1]; it is a probability")
+        check_share("threshold", self.threshold)
         for name, low in (("draws", 1), ("lookahead", 0), ("max_new_tokens", 1), ("top_k", 0)):
             check_whole(name, getattr(self, name), low)
         for name in ("teacher_temperature", "student_temperature"):
             check_temperature(name, getattr(self, name))
         check_seed("seed", self.seed)
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p = {self.top_p} must lie in (0, 1]")
+        check_share("top_p", self.top_p)
+        if self.top_p == 0:
+            raise ConfigError("top_p = 0 must lie in (0, 1]")
 
 
 @dataclass
@@ -105,10 +107,10 @@ def target_distribution(
     """
     inside = teacher * accepted
     mass = inside.sum(-1, keepdim=True)
-    refused = (1 - mass).clamp(min=0) ** draws
-    proposed = torch.where(mass > 0, (1 - refused) * inside / mass.clamp(min=1e-30), torch.zeros_like(inside))
-    refused = torch.where(mass > 0, refused, torch.ones_like(refused))
-    return proposed + refused * student, proposed
+    # 1 − (1−a)ⁿ, also for an a that 1 would swallow.
+    refusal = draws * torch.log1p(-mass.clamp(max=1))
+    proposed = torch.where(mass > 0, -torch.expm1(refusal) * inside / mass.clamp(min=1e-30), torch.zeros_like(inside))
+    return proposed + refusal.exp() * student, proposed
 
 
 def reverse_speculative_decode(
@@ -123,21 +125,31 @@ def reverse_speculative_decode(
 
     Args:
         teacher, student: causal LMs in eval mode with the same token ids (see `align.vocabulary`), of full attention; or pairs of
-            a PEFT model and the name of its adapter (`None`: the bare base), so that both may share a base.
+            a PEFT model and the name of its adapter (`None`: the bare base), so that both may share a base; or
+            `align.decoding.Policy` of either, which keeps its cache and its CUDA graphs for the next call.
         prompt_ids: ids of each prompt.
         eos_token_id: what ends a trace.
         numbers: of every prompt, what decides its draws beside the seed; its place by default. With it, a trace does not depend
-            on which others are drawn with it.
+            on which others are drawn with it, but for what rounding does in 16 bits.
 
     Returns:
         One trace per prompt, in their order.
 
     Raises:
-        ConfigError: a model in training mode, or one that takes no mask and positions of ours.
+        ConfigError: a model in training mode, or one that takes no mask and positions of ours; an id that a model does not know.
+        NonFiniteError: a model's probabilities are no numbers.
     """
     policies = Policy.of(teacher), Policy.of(student)
     for policy, role in zip(policies, (TEACHER, STUDENT), strict=True):
         policy.check(role)
+    known = min(policy.vocabulary for policy in policies)
+    for index, ids in enumerate(prompt_ids):
+        if ids and not (min(ids) >= 0 and max(ids) < known):
+            raise ConfigError(
+                f"prompt {index} has id {max(ids) if min(ids) >= 0 else min(ids)}; the models know 0 to {known - 1}"
+            )
+    if numbers is not None and len(numbers) != len(prompt_ids):
+        raise ConfigError(f"{len(prompt_ids)} prompts and {len(numbers)} numbers; give one for each")
     context = min((policy.context for policy in policies if policy.context is not None), default=None)
     traces, rows = [Trace() for _ in prompt_ids], []
     for index, ids in enumerate(prompt_ids):
@@ -152,9 +164,14 @@ def reverse_speculative_decode(
             draw = random.Random(f"{config.seed}-{number}")
             rows.append(_Row(list(ids), traces[index], draw, room, reason))
     ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
-    if rows:
-        with torch.inference_mode():
-            _draw(policies, rows, config, ends)
+    try:
+        if rows:
+            with torch.inference_mode():
+                _draw(policies, rows, config, ends)
+    except BaseException:
+        for policy in policies:
+            policy.let_go()  # a batch that ended halfway may have left anything
+        raise
     return traces
 
 
@@ -200,8 +217,8 @@ def _draw(policies: tuple[Policy, Policy], rows: list[_Row], config: RSDConfig, 
         students = []
         for number in range(ahead + 1):
             logits = decoding.feed(1, fed[-1], before=number)[:, 0].float().to(device)
-            warped = warp(_allowed(logits, policies), config.student_temperature, config.top_p, config.top_k)
-            students.append((warped, _common(logits.softmax(-1), policies)))
+            warped = warp(_allowed(logits, policies, 1), config.student_temperature, config.top_p, config.top_k)
+            students.append((warped, _raw(logits, policies, 1)))
             if number < ahead:
                 fed.append(_inverse(warped, chances[:, number])[:, None])
         teacher = decoding.feed(0, torch.cat(fed, 1)).float()
@@ -216,14 +233,15 @@ def _draw(policies: tuple[Policy, Policy], rows: list[_Row], config: RSDConfig, 
             decoding.keep_rows(alive)
 
 
-def _common(logits: torch.Tensor, policies: Sequence[Policy]) -> torch.Tensor:
-    """Logits of the ids that all models know: vocabularies padded to different sizes are one."""
-    return logits[..., : min(policy.vocabulary for policy in policies)]
+def _raw(logits: torch.Tensor, policies: Sequence[Policy], number: int) -> torch.Tensor:
+    """What policy `number` makes of the ids that all know, whatever else it knows: vocabularies padded to different sizes are one."""
+    known = min(policy.vocabulary for policy in policies)
+    return policies[number].common(logits.softmax(-1), 0.0)[..., :known]
 
 
-def _allowed(logits: torch.Tensor, policies: Sequence[Policy]) -> torch.Tensor:
-    """The same, without the tokens that are never drawn. What a model makes of the others is judged before: raw."""
-    logits = _common(logits, policies)
+def _allowed(logits: torch.Tensor, policies: Sequence[Policy], number: int) -> torch.Tensor:
+    """Its logits of these ids, without the tokens that are never drawn."""
+    logits = policies[number].common(logits, float("-inf"))[..., : min(policy.vocabulary for policy in policies)]
     never = sorted({token for policy in policies for token in policy.never if token < logits.shape[-1]})
     return logits.index_fill(-1, torch.tensor(never, device=logits.device), float("-inf")) if never else logits
 
@@ -250,8 +268,8 @@ def _see(
     config: RSDConfig,
 ) -> _Seen:
     """`logits` are the teacher's, (B, γ+1, V); what the student makes of the positions is known from its drafts."""
-    teacher = warp(_allowed(logits, policies), config.teacher_temperature, config.top_p, config.top_k)
-    raw_teacher = _common(logits.softmax(-1), policies)
+    teacher = warp(_allowed(logits, policies, 0), config.teacher_temperature, config.top_p, config.top_k)
+    raw_teacher = _raw(logits, policies, 0)
     return _Seen(teacher, student, raw_teacher, raw_student, raw_student >= config.threshold)
 
 
@@ -319,6 +337,12 @@ def _append(
             continue
         trace.rounds += 1
         for token, is_teachers, of_teacher, of_student, chance, _ in drawn[:count]:
+            for p, role in ((of_teacher, TEACHER), (of_student, STUDENT)):
+                if not math.isfinite(p):
+                    raise NonFiniteError(
+                        f"the {role}'s probabilities after a prompt of {len(row.prompt)} tokens and {len(trace.completion_ids)} "
+                        f"drawn ones are no numbers; a model that leaves float16 needs dtype bfloat16 or float32"
+                    )
             trace.completion_ids.append(int(token))
             trace.sources.append(TEACHER if is_teachers else STUDENT)
             trace.teacher_probs.append(of_teacher)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from .checks import check_whole
+from .checks import check_share, check_whole
 from .errors import ConfigError, MissingColumnError, RecordError
 from .locks import locked
 from .logps import Batch, completion_logits, per_token
@@ -71,8 +71,7 @@ class SelectConfig:
             raise ConfigError(f"keep_share = {self.keep_share} must lie in (0, 1]")
         if self.keep_per_problem is not None:
             check_whole("keep_per_problem", self.keep_per_problem, 1)
-        if not 0 <= self.max_student_share <= 1:
-            raise ConfigError(f"max_student_share = {self.max_student_share} must lie in [0, 1]")
+        check_share("max_student_share", self.max_student_share)
         if not isinstance(self.step_separator, str) or not self.step_separator:
             what = "empty" if self.step_separator == "" else f"{self.step_separator!r}, no text"
             raise ConfigError(f"step_separator is {what}; give the text that ends a step")

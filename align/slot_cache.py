@@ -49,8 +49,8 @@ class Slots:
 class SlotLayer(DynamicLayer):
     """(R, heads, W, size) keys and values of one layer, of which a pass sees the first `rows` and the first `width` slots.
 
-    What a row has not filled is masked out by the caller. It is zero or of tokens that are no longer there: always finite, since
-    even a weight of 0 makes NaN of what is not.
+    What a row has not filled is masked out by the caller. It is zero or of tokens that are no longer there, and has to be finite:
+    even a weight of 0 makes NaN of what is not. Whoever meets a pass that is not, lets the cache go.
     """
 
     def __init__(self, slots: Slots) -> None:
@@ -83,14 +83,12 @@ class SlotLayer(DynamicLayer):
         """Keys of such a pass, and where they begin."""
         return query_length, 0
 
-    def grow(self, rows: int, width: int) -> bool:
-        """Keeps at least so many rows and slots; whether that moved what is kept."""
+    def grow(self, rows: int, width: int) -> None:
+        """Keeps at least so many rows and slots; what is kept moves."""
         more = max(0, rows - self.keys.shape[0]), max(0, width - self.keys.shape[2])
-        if not any(more):
-            return False
-        wider = 0, 0, 0, more[1], 0, 0, 0, more[0]
-        self.keys, self.values = (torch.nn.functional.pad(kept, wider) for kept in (self.keys, self.values))
-        return True
+        if any(more):
+            wider = 0, 0, 0, more[1], 0, 0, 0, more[0]
+            self.keys, self.values = (torch.nn.functional.pad(kept, wider) for kept in (self.keys, self.values))
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Puts the given rows, in the given order, in front."""
@@ -105,10 +103,14 @@ class SlotCache(Cache):
         self.slots = Slots()
         super().__init__(layer_class_to_replicate=partial(SlotLayer, self.slots))
 
-    def grow(self, rows: int, width: int) -> bool:
+    def holds(self, rows: int, width: int) -> bool:
+        """Whether there is room for so many in all layers that there are."""
+        return all(layer.keys.shape[0] >= rows and layer.keys.shape[2] >= width for layer in self.layers)
+
+    def grow(self, rows: int, width: int) -> None:
         """See `SlotLayer`."""
-        moved = [layer.grow(rows, width) for layer in self.layers]
-        return any(moved)
+        for layer in self.layers:
+            layer.grow(rows, width)
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """See `SlotLayer`."""

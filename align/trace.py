@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from .checks import check_whole
-from .errors import ConfigError, RecordError
+from .checks import check_share, check_whole
+from .errors import RecordError
 from .locks import locked
 from .records import Record, check_records, read_records
 from .rsd import TEACHER, RSDConfig, Trace, reverse_speculative_decode
@@ -51,8 +51,7 @@ class TraceConfig:
             check_whole(name, getattr(self, name), low)
         if self.max_prompt_length is not None:
             check_whole("max_prompt_length", self.max_prompt_length, 1)
-        if not 0 <= self.max_student_share <= 1:
-            raise ConfigError(f"max_student_share = {self.max_student_share} must lie in [0, 1]")
+        check_share("max_student_share", self.max_student_share)
 
 
 def trace_problems(
@@ -101,7 +100,8 @@ def trace_problems(
     common = {theirs: ours for ours, theirs in teacher.ids.items()}
     ends = end_token_ids(student.model, tokenizer.eos_token_id)
     # A teacher's turn may end otherwise than the student's.
-    ends = sorted({*ends, *(common.get(token, token) for token in end_token_ids(teacher.model, ends[0]))})
+    own = teacher.ids.get(tokenizer.eos_token_id, tokenizer.eos_token_id)
+    ends = sorted({*ends, *(common.get(token, token) for token in end_token_ids(teacher.model, own))})
 
     def compute(_number: int, batch: list[tuple[int, int]]) -> list[Record]:
         numbers = [i * config.n + draw for i, draw in batch]

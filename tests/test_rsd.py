@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from test_contexts import p_value
 
 from align.decoding import Policy, warp
-from align.errors import ConfigError
+from align.errors import ConfigError, NonFiniteError
 from align.models import active_adapter
 from align.rsd import RSDConfig, reverse_speculative_decode, target_distribution
 
@@ -154,6 +154,11 @@ def test_the_closed_form():
     assert share[0].tolist() == pytest.approx([(1 - refused) * 0.5 / 0.7, 0, (1 - refused) * 0.2 / 0.7])
     assert q[1].tolist() == pytest.approx([0.6, 0.4, 0.0]) and share[1].sum() == 0  # nothing acceptable: the student's
     assert q[2].tolist() == pytest.approx([0.2, 0.3, 0.5]) and share[2].sum() == pytest.approx(1)
+    for tiny in (1e-6, 1e-9, 1e-20):  # beside 1, float32 does not see them
+        _, share = target_distribution(
+            torch.tensor([[tiny, 1.0]]), torch.tensor([[0.9, 0.1]]), torch.tensor([[True, False]]), 3
+        )
+        assert share[0].tolist() == pytest.approx([3 * tiny, 0.0], rel=1e-5)
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:
@@ -240,6 +245,68 @@ def test_a_policy_serves_one_batch_after_another():
     assert [t.completion_ids for t in twice] == [t.completion_ids for t in expected]
 
 
+def test_a_policy_sees_what_became_of_its_model():
+    """Other weights in place, other tensors, another precision, another adapter: nothing of an earlier call is left."""
+    model, config = tiny_llama(vocab_size=40), RSDConfig(threshold=0.0, max_new_tokens=12, teacher_temperature=0.0)
+    student = tiny_llama(1, vocab_size=40)
+
+    def agrees():
+        found = reverse_speculative_decode(policy, student, prompts(3), config, 0)
+        fresh = reverse_speculative_decode(model, student, prompts(3), config, 0)
+        assert [t.teacher_probs for t in found] == [t.teacher_probs for t in fresh]
+        return policy.cache
+
+    policy = Policy(model)
+    first = agrees()
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    assert agrees() is first  # in place: recordings read them where they lie
+    model.load_state_dict(tiny_llama(2, vocab_size=40).state_dict(), assign=True)
+    second = agrees()
+    model.bfloat16()
+    third = agrees()
+    lora = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+    model = get_peft_model(model.float(), LoraConfig(**lora))
+    model.add_adapter("other", LoraConfig(**lora))
+    policy = Policy(model.eval())
+    fourth = agrees()
+    model.set_adapter("other")
+    fifth = agrees()
+    model.merge_adapter()
+    assert len({first, second, third, fourth, fifth, agrees()}) == 6
+
+
+def test_probabilities_that_are_no_numbers_are_an_error_and_leave_nothing_behind():
+    teacher, student = wide()
+    config = RSDConfig(threshold=0.02, max_new_tokens=20, lookahead=2)
+    policies = Policy(teacher), Policy(student)
+    good = [t.completion_ids for t in reverse_speculative_decode(*policies, prompts(4), config, 0)]
+    for model, role in ((teacher, "teacher"), (student, "student")):
+        weight = model.get_input_embeddings().weight
+        before = weight[7].clone()
+        with torch.no_grad():
+            weight[7] = float("inf")
+        with pytest.raises(NonFiniteError, match=f"the {role}'s probabilities after a prompt of 3 tokens.*bfloat16"):
+            reverse_speculative_decode(*policies, [[1, 7, 2], [5]], config, 0)
+        with torch.no_grad():
+            weight[7] = before
+        again = reverse_speculative_decode(*policies, prompts(4), config, 0)
+        assert [t.completion_ids for t in again] == good
+
+
+@pytest.mark.parametrize(
+    "prompt_ids, numbers, words",
+    [
+        ([[1], [2, 40]], None, "prompt 1 has id 40; the models know 0 to 39"),
+        ([[-1, 3]], None, "prompt 0 has id -1"),
+        ([[1], [2]], [5], "2 prompts and 1 numbers"),
+    ],
+)
+def test_prompts_that_cannot_be_drawn_for(prompt_ids, numbers, words):
+    with pytest.raises(ConfigError, match=words):
+        reverse_speculative_decode(*wide(), prompt_ids, RSDConfig(), 0, numbers)
+
+
 def test_long_rows_beside_short_ones():
     """Caches grow and rows leave, so slots move; each row is what it is alone."""
     teacher, student = tiny_llama(5), tiny_llama(6, num_hidden_layers=1)
@@ -278,6 +345,7 @@ def test_rows_that_have_ended_may_stay(monkeypatch, lookahead):
     monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
     policies = [Policy(model) for model in models]
     for policy in policies:
+        policy.look()
         policy.__dict__["graphs"] = cuda_graphs.Graphs(True)
     for _ in range(2):
         found = reverse_speculative_decode(*policies, prompts(9), config, 0)
@@ -352,6 +420,8 @@ def test_warping_is_that_of_transformers():
     "settings, words",
     [
         ({"threshold": 2}, "threshold = 2 must lie in"),
+        ({"threshold": "1e-5"}, "threshold = '1e-5' must lie in .*, and no text: YAML reads 1e-5 as one"),
+        ({"threshold": float("nan")}, "threshold = nan must lie in"),
         ({"draws": 0}, "draws = 0"),
         ({"lookahead": -1}, "lookahead = -1"),
         ({"top_p": 0}, "top_p = 0"),

@@ -11,7 +11,7 @@ from align.decoding import Policy
 from align.errors import ConfigError, ModelMismatchError, RecordError
 from align.models import load_tokenizer
 from align.records import read_records
-from align.rsd import RSDConfig, reverse_speculative_decode
+from align.rsd import RSDConfig, Trace, reverse_speculative_decode
 from align.trace import TraceConfig, choose, trace_problems
 from align.vocabulary import shared_ids
 
@@ -138,6 +138,46 @@ def test_a_teacher_that_knows_tokens_by_other_numbers():
     mapped = reverse_speculative_decode(Policy(renamed, ids=swap), student, prompts, config, 0)
     assert [t.completion_ids for t in mapped] == [t.completion_ids for t in plain]
     assert any({7, 9} & set(t.completion_ids) for t in plain)
+    for policy in (Policy(teacher, ids={39: 40}), Policy(teacher, ids={41: 3})):
+        with pytest.raises(ConfigError, match="the teacher is said to know token .*, but has 40 ids"):
+            reverse_speculative_decode(policy, student, prompts, config, 0)
+
+
+def test_probabilities_are_raw_also_of_a_teacher_with_a_token_of_its_own():
+    """It knows common id 7 as 9, and its own 7 nobody knows: whatever it puts on that is missing from the others."""
+    teacher, student = tiny_llama(0, vocab_size=40), tiny_llama(1, vocab_size=40)
+    config = RSDConfig(threshold=0.0, max_new_tokens=30, top_k=0)
+    (trace,) = reverse_speculative_decode(Policy(teacher, ids={7: 9, 9: 11}), student, [[5, 3]], config, 0)
+    own = [{7: 9, 9: 11}.get(token, token) for token in [5, 3, *trace.completion_ids]]
+    with torch.no_grad():
+        p = teacher(torch.tensor([own])).logits[0, 1:-1].softmax(-1)
+    assert trace.teacher_probs == pytest.approx(p.gather(1, torch.tensor(own[2:])[:, None])[:, 0].tolist(), abs=1e-5)
+
+
+def test_a_trace_ends_where_either_would(tmp_path):
+    """The teacher's end token is known by its own number; what the student calls by that number ends nothing."""
+    tokenizer = byte_level_tokenizer()
+    end, vocabulary = tokenizer.eos_token_id, len(byte_level_tokenizer())
+    other = vocabulary - 1
+    teacher, student = (tiny_llama(i, vocab_size=vocabulary, eos_token_id=None) for i in (0, 1))
+    for model in (teacher, student):
+        model.generation_config.eos_token_id = None
+    seen = []
+
+    def ends(_teacher, _student, prompts, _config, ends, _numbers):
+        seen.append(list(ends))
+        return [Trace(finish_reason="length") for _ in prompts]
+
+    problems = [{"id": "p", "prompt": "one", "answer": "1"}]
+    for own in (None, 5):
+        teacher.generation_config.eos_token_id = own
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("align.trace.reverse_speculative_decode", ends)
+            trace_problems(
+                Policy(teacher, ids={end: other, other: end}), Policy(student), tokenizer, problems,
+                tmp_path / f"{own}.jsonl", tmp_path / f"{own}-k.jsonl", RSDConfig(max_new_tokens=5), TraceConfig(n=1),
+            )  # fmt: skip
+    assert seen == [[end], sorted([end, 5])]
 
 
 def test_an_empty_prompt_costs_the_others_nothing(tmp_path):
