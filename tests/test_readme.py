@@ -282,8 +282,12 @@ def test_what_students_learn_from_traces_is_quoted_as_measured():
     assert differ["0.01"] == 0 and f"{100 * differ['1e-05']:.1f} % of the problems differed" in README
     rsr = result["differences"]["rsd_rsr, low - rsd, low"]
     assert f"RSR loses {-rsr['mean']:.1f} ± {rsr['half']:.1f}" in README
-    for rule in ("rsd_aslec_drop", "rsd_aslec_casl", "rsd_mean_logp"):
-        assert 20 <= result["differences"][f"{rule}, low - rsd, low"]["mean"] < 21.5
+    assert abs(rsr["mean"]) < rsr["half"]
+    gains = [
+        result["differences"][f"{rule}, low - rsd, low"]["mean"]
+        for rule in ("rsd_aslec_drop", "rsd_aslec_casl", "rsd_mean_logp")
+    ]
+    assert f"gain {min(gains):.0f} to {max(gains):.0f} points over the shortest trace" in README.replace("\n", " ")
 
 
 def test_a_million_rows_pages_and_imports_are_quoted_as_measured():
