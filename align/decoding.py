@@ -133,9 +133,10 @@ class Policy:
     def mask(self, seen: torch.Tensor) -> torch.Tensor:
         """(B, 1, n, W) bool, which slots a token sees, as its attention takes it fastest."""
         base = base_model(self.model)
-        numbers = base.dtype.is_floating_point and not getattr(base, "is_quantized", False)
+        # Numbers have to be of the dtype that a layer computes in; eager attention takes nothing else.
+        cast = getattr(base, "is_quantized", False) or torch.is_autocast_enabled(self.device.type)
         eager = base.config.get_text_config()._attn_implementation == "eager"
-        return additive(seen, base.dtype) if eager or numbers else seen
+        return additive(seen, base.dtype) if eager or not cast else seen
 
     @property
     def vocabulary(self) -> int:
