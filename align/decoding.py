@@ -51,7 +51,7 @@ class Policy:
             )
         reason = configured_not_to_share(self.model)
         # A vocabulary of fewer is too small to try it on.
-        if reason is None and self.vocabulary > 7 and not shares_prefixes(self.model):
+        if reason is None and self.vocabulary > 7 and shares_prefixes(self.model) is False:
             reason = "it does not compute by the mask and the positions that it is given"
         if strange := [(c, own) for c, own in self.ids.items() if max(c, own) >= self.vocabulary]:
             raise ConfigError(
@@ -124,7 +124,7 @@ class Policy:
         state = (
             torch.is_autocast_enabled(self.device.type), torch.get_autocast_dtype(self.device.type),
             [(w.data_ptr(), w.dtype, w.device) for w in weights],
-            [(list(m.active_adapters), m.merged, m.disable_adapters) for m in layers],
+            [(list(m.active_adapters), m.merged, m.disable_adapters, dict(getattr(m, "scaling", {}))) for m in layers],
         )  # fmt: skip
         if self.__dict__.get("_state") != state:
             self.let_go()

@@ -171,8 +171,9 @@ def configured_not_to_share(model: PreTrainedModel, implementations: Sequence[st
     return None
 
 
-def shares_prefixes(model: PreTrainedModel) -> bool:
-    """Whether a model computes the same for a prefix tree as for its sequences one by one.
+def shares_prefixes(model: PreTrainedModel) -> bool | None:
+    """Whether a model computes the same for a prefix tree as for its sequences one by one; `None` where what it computes is no
+    number.
 
     Asked of the configuration, and then of the model itself, once, on six tokens: what a forward pass makes of a mask and
     position ids is nowhere declared.
@@ -183,7 +184,7 @@ def shares_prefixes(model: PreTrainedModel) -> bool:
         known = _may_share(model) and _agrees(model, base.dtype)
         if known is not None:
             base._align_shares_prefixes = known
-    return bool(known)
+    return known
 
 
 def _may_share(model: PreTrainedModel) -> bool:

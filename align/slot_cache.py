@@ -50,7 +50,7 @@ class SlotLayer(DynamicLayer):
     """(R, heads, W, size) keys and values of one layer, of which a pass sees the first `rows` and the first `width` slots.
 
     What a row has not filled is masked out by the caller. It is zero or of tokens that are no longer there, and has to be finite:
-    even a weight of 0 makes NaN of what is not. Whoever meets a pass that is not, lets the cache go.
+    even a weight of 0 makes NaN of what is not. Who meets a first pass that is not, lets the cache go.
     """
 
     def __init__(self, slots: Slots) -> None:
@@ -72,7 +72,8 @@ class SlotLayer(DynamicLayer):
             return states
         index = slots.index(self.keys.device)
         for kept, new in zip((self.keys, self.values), states, strict=True):
-            kept[: slots.rows][index] = new.transpose(1, 2)
+            # Of a draft that nobody takes, they would spoil the tokens before it.
+            kept[: slots.rows][index] = new.transpose(1, 2).nan_to_num(0.0, 0.0, 0.0)
         return self.keys[: slots.rows, :, : slots.width], self.values[: slots.rows, :, : slots.width]
 
     def get_seq_length(self) -> int:

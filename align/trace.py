@@ -101,7 +101,9 @@ def trace_problems(
     ends = end_token_ids(student.model, tokenizer.eos_token_id)
     # A teacher's turn may end otherwise than the student's.
     own = teacher.ids.get(tokenizer.eos_token_id, tokenizer.eos_token_id)
-    ends = sorted({*ends, *(common.get(token, token) for token in end_token_ids(teacher.model, own))})
+    # A number that the teacher has for a token that nobody else knows is another token's.
+    theirs = [common.get(t, t) for t in end_token_ids(teacher.model, own) if t in common or t not in teacher.ids]
+    ends = sorted({*ends, *theirs})
 
     def compute(_number: int, batch: list[tuple[int, int]]) -> list[Record]:
         numbers = [i * config.n + draw for i, draw in batch]

@@ -75,6 +75,40 @@ def test_probabilities_that_are_no_numbers_are_an_error_and_leave_nothing_behind
         assert [t.completion_ids for t in again] == good
 
 
+def test_a_draft_that_is_no_number_and_is_not_taken_spoils_nothing():
+    """The greedy teacher never says a token after which the student's keys are NaN; the student drafts it."""
+    teacher, student = wide()
+    settings = {
+        "threshold": 0.0,
+        "max_new_tokens": 30,
+        "teacher_temperature": 0.0,
+        "student_temperature": 3.0,
+        "top_k": 0,
+        "top_p": 1.0,
+    }
+
+    def traces(lookahead):
+        found = reverse_speculative_decode(teacher, student, prompts(9), RSDConfig(lookahead=lookahead, **settings), 99)
+        return [trace.completion_ids for trace in found]
+
+    plain = traces(0)
+    unsaid = set(range(40)).difference(*prompts(9), *plain)
+    assert len(unsaid) >= 3
+    with torch.no_grad():
+        student.get_input_embeddings().weight[sorted(unsaid)] = float("inf")
+    assert traces(0) == traces(3) == plain
+    with pytest.raises(NonFiniteError, match="the student's"):
+        reverse_speculative_decode(teacher, student, [[5, min(unsaid), 3]], RSDConfig(lookahead=3, **settings), 99)
+
+
+def test_a_model_without_numbers_is_told_so():
+    broken = wide()[0]
+    with torch.no_grad():
+        broken.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="the teacher's probabilities .* are no numbers"):
+        reverse_speculative_decode(broken, wide()[1], [[1, 2]], RSDConfig(max_new_tokens=3), 0)
+
+
 def test_long_rows_beside_short_ones():
     """Caches grow and rows leave, so slots move; each row is what it is alone."""
     teacher, student = tiny_llama(5), tiny_llama(6, num_hidden_layers=1)
@@ -97,7 +131,7 @@ def test_rows_that_have_ended_may_stay(monkeypatch, lookahead):
     keys = []
 
     class Again:
-        def __init__(self, function, inputs, _pool):
+        def __init__(self, function, inputs, _side, _pool):
             self.function, self.inputs = function, [tensor.clone() for tensor in inputs]
             keys.append(tuple(self.inputs[0].shape))
 
@@ -111,6 +145,7 @@ def test_rows_that_have_ended_may_stay(monkeypatch, lookahead):
     plain = reverse_speculative_decode(*models, prompts(9), config, 0)
     monkeypatch.setattr(cuda_graphs, "Recorded", Again)
     monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
+    monkeypatch.setattr("torch.cuda.Stream", lambda _device: None)
     policies = [Policy(model) for model in models]
     for policy in policies:
         policy.look()

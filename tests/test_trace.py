@@ -169,7 +169,7 @@ def test_a_trace_ends_where_either_would(tmp_path):
         return [Trace(finish_reason="length") for _ in prompts]
 
     problems = [{"id": "p", "prompt": "one", "answer": "1"}]
-    for own in (None, 5):
+    for own in (None, 5, end):
         teacher.generation_config.eos_token_id = own
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("align.trace.reverse_speculative_decode", ends)
@@ -177,7 +177,7 @@ def test_a_trace_ends_where_either_would(tmp_path):
                 Policy(teacher, ids={end: other, other: end}), Policy(student), tokenizer, problems,
                 tmp_path / f"{own}.jsonl", tmp_path / f"{own}-k.jsonl", RSDConfig(max_new_tokens=5), TraceConfig(n=1),
             )  # fmt: skip
-    assert seen == [[end], sorted([end, 5])]
+    assert seen == [[end], sorted([end, 5]), sorted([end, other])]
 
 
 def test_an_empty_prompt_costs_the_others_nothing(tmp_path):
