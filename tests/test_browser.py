@@ -216,6 +216,7 @@ def test_charts_answer_the_keyboard(open_page, pages):
     said = []
     for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "ArrowLeft"):
         page.keyboard.press(key)
+        tip.wait_for(state="visible")
         said.append(tip.inner_text().split("\n")[0])
     assert said == ["step 10", "step 20", "step 10", "step 10"]
     page.keyboard.press("Escape")

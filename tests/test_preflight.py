@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import fields
 from pathlib import Path
 
 import numpy
@@ -26,6 +27,9 @@ from align.trainers.prefix_sharing import PaddedRows, PrefixSharing
 from align.trainers.training import train_preference
 
 PAIRS = random_pairs(24, columns=("ce_scores",))
+#: transformers 5.16 and 5.17 know the setting by its old name.
+NEW_NAME = "activation_checkpointing" in {field.name for field in fields(CDPOConfig)}
+CHECKPOINTING = "activation_checkpointing" if NEW_NAME else "gradient_checkpointing"
 
 
 def trainer_of(tmp_path, tokenizer, pairs=PAIRS, lora=True, model=None, dropout=0.0, **settings):
@@ -246,12 +250,12 @@ def test_what_does_not_fit_is_named(tmp_path, tokenizer, error):
         assert f"{pair['id']} ({' + '.join(map(str, lengths(pair)))} tokens)" in message
     assert str(error)[:30] in message and trainer.state.global_step == 0
     words = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "max_tokens_per_batch")
-    assert all(word in message for word in (*words, "activation_checkpointing=True"))
+    assert all(word in message for word in (*words, f"{CHECKPOINTING}=True"))
     assert all(p.grad is None for p in trainer.model.parameters()) and not trainer._metrics["train"]
 
 
 def test_remedies_are_those_that_are_left(tmp_path, tokenizer):
-    trainer = trainer_of(tmp_path, tokenizer, per_device_train_batch_size=1, activation_checkpointing=True)
+    trainer = trainer_of(tmp_path, tokenizer, per_device_train_batch_size=1, **{CHECKPOINTING: True})
     failing(trainer, MemoryError("no more"), 1)
     with pytest.raises(DeviceMemoryError) as caught:
         trainer.train()
