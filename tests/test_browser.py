@@ -212,7 +212,12 @@ def test_charts_answer_the_keyboard(open_page, pages):
     page = open_page(pages["run"][0])
     tip = page.locator("#chart-tip")
     chart = page.locator("svg[data-lines]").first
+    chart.scroll_into_view_if_needed()
     chart.focus()
+    # Focus scrolls, and what a tip says vanishes when the page moves: the scrolling ends first.
+    page.evaluate(
+        "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 100))))"
+    )
     said = []
     for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "ArrowLeft"):
         page.keyboard.press(key)
