@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -28,11 +27,15 @@ class Recorded:
     """
 
     def __init__(
-        self, function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], side: Any = None, pool: Any = None
+        self,
+        function: Callable[..., torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        side: torch.cuda.Stream,
+        pool: tuple[int, int],
     ) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
         with torch.cuda.device(self.inputs[0].device):  # kernels are recorded on the current one
-            current, side = torch.cuda.current_stream(), side or torch.cuda.Stream()
+            current = torch.cuda.current_stream()
             side.wait_stream(current)
             try:
                 with torch.cuda.stream(side):
@@ -66,8 +69,8 @@ class Graphs:
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
         self._known: dict[tuple, Recorded] = {}
-        self._side: Any = None
-        self._pool: Any = None
+        self._side: torch.cuda.Stream | None = None
+        self._pool: tuple[int, int] | None = None
 
     @property
     def count(self) -> int:
@@ -82,9 +85,8 @@ class Graphs:
                 self._side = self._side or torch.cuda.Stream(inputs[0].device)
                 self._pool = self._pool or torch.cuda.graph_pool_handle()
                 self._known[key] = Recorded(function, inputs, self._side, self._pool)
-            except (
-                RuntimeError
-            ) as error:  # too little memory is one, and a pass alone may fit once the error has let go of it
+            except RuntimeError as error:
+                # Too little memory is one, too, and a pass alone may fit once the error has let go of its own.
                 self.enabled = False
                 self.forget()
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -27,7 +27,7 @@ class Policy:
         adapter: name of the adapter it runs under, `None` for the bare base; `...` leaves the model as it is.
         ids: for ids that this model knows by other numbers, the common id -> its own; see `align.vocabulary`.
         never: common ids that are not drawn, whatever the model makes of them: tokens that another policy lacks.
-        cuda_graphs: whether passes are recorded and replayed where the model is on one GPU; changes nothing but speed.
+        cuda_graphs: whether passes are recorded and replayed where the model is on one GPU; changes speed, and rounding.
     """
 
     model: PreTrainedModel
@@ -49,16 +49,16 @@ class Policy:
             raise ConfigError(
                 f"the {role} is in training mode, where dropout makes its probabilities noise; call .eval()"
             )
-        reason = configured_not_to_share(self.model)
-        # A vocabulary of fewer is too small to try it on.
-        if reason is None and self.vocabulary > 7 and shares_prefixes(self.model) is False:
-            reason = "it does not compute by the mask and the positions that it is given"
         if strange := [(c, own) for c, own in self.ids.items() if max(c, own) >= self.vocabulary]:
             raise ConfigError(
                 f"the {role} is said to know token {strange[0][0]} as {strange[0][1]}, but has {self.vocabulary} ids; "
                 "resize its embeddings, or never draw that token"
             )
-        if reason is not None:
+        if shares_prefixes(self.model) is False:
+            reason = (
+                configured_not_to_share(self.model)
+                or "it does not compute by the mask and the positions that it is given"
+            )
             raise ConfigError(f"the {role} cannot be decoded row by row: {reason}; take a model of full attention")
 
     @property

@@ -172,8 +172,8 @@ def configured_not_to_share(model: PreTrainedModel, implementations: Sequence[st
 
 
 def shares_prefixes(model: PreTrainedModel) -> bool | None:
-    """Whether a model computes the same for a prefix tree as for its sequences one by one; `None` where what it computes is no
-    number.
+    """Whether a model computes the same for a prefix tree as for its sequences one by one; `None` where that cannot be told: what
+    it computes is no number, or it has too few tokens to try.
 
     Asked of the configuration, and then of the model itself, once, on six tokens: what a forward pass makes of a mask and
     position ids is nowhere declared.
@@ -181,22 +181,19 @@ def shares_prefixes(model: PreTrainedModel) -> bool | None:
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     known = getattr(base, "_align_shares_prefixes", None)
     if known is None:
-        known = _may_share(model) and _agrees(model, base.dtype)
+        known = configured_not_to_share(model) is None and _agrees(model, base.dtype)
         if known is not None:
             base._align_shares_prefixes = known
     return known
 
 
-def _may_share(model: PreTrainedModel) -> bool:
-    # With fewer tokens there is nothing to try it on.
-    return model.config.get_text_config().vocab_size > 7 and configured_not_to_share(model) is None
-
-
 def _agrees(model: PreTrainedModel, dtype: torch.dtype) -> bool | None:
-    """Whether two short rows have the same logits in one tree and apart; `None` where its logits are no numbers."""
+    """Whether two short rows have the same logits in one tree and apart; `None` where that cannot be told."""
     import torch
 
     rows: list[Row] = [([1, 2, 3], [4, 5, 6, 7]), ([1, 2, 3], [4, 7, 5, 6])]
+    if model.config.get_text_config().vocab_size <= 7:
+        return None
     logits = {}
     for share in (True, False):
         try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from .checks import check_whole
+from .checks import check_share, check_whole
 from .errors import ConfigError, RecordError
 from .logps import batches_by_length
 from .mix import IGNORED, Example, confirmation, correction, draw_prefix_length, row_generator
@@ -56,8 +56,7 @@ class CorrectionSettings:
         fraction = self.prefix_fraction
         if len(fraction) != 2 or not 0 <= fraction[0] <= fraction[1] <= 1:
             raise ConfigError(f"prefix_fraction = {fraction} must be two numbers, 0 ≤ least ≤ largest ≤ 1")
-        if not 0 <= self.keep_correct_share <= 1:
-            raise ConfigError(f"keep_correct_share = {self.keep_correct_share} must lie in [0, 1]")
+        check_share("keep_correct_share", self.keep_correct_share)
         check_whole("max_tokens_per_batch", self.max_tokens_per_batch, 1)
         if self.max_length is not None:
             check_whole("max_length", self.max_length, 1)

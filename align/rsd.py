@@ -120,6 +120,7 @@ def reverse_speculative_decode(
     config: RSDConfig,
     eos_token_id: int | Sequence[int],
     numbers: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[Trace]:
     """Draws a trace after every prompt, all of them at once.
 
@@ -131,6 +132,7 @@ def reverse_speculative_decode(
         eos_token_id: what ends a trace.
         numbers: of every prompt, what decides its draws beside the seed; its place by default. With it, a trace does not depend
             on which others are drawn with it, but for what rounding does in 16 bits.
+        names: what errors call each prompt; by its place by default.
 
     Returns:
         One trace per prompt, in their order.
@@ -143,13 +145,13 @@ def reverse_speculative_decode(
     for policy, role in zip(policies, (TEACHER, STUDENT), strict=True):
         policy.check(role)
     known = min(policy.vocabulary for policy in policies)
-    for index, ids in enumerate(prompt_ids):
-        if ids and not (min(ids) >= 0 and max(ids) < known):
-            raise ConfigError(
-                f"prompt {index} has id {max(ids) if min(ids) >= 0 else min(ids)}; the models know 0 to {known - 1}"
-            )
-    if numbers is not None and len(numbers) != len(prompt_ids):
-        raise ConfigError(f"{len(prompt_ids)} prompts and {len(numbers)} numbers; give one for each")
+    names = [f"prompt {index}" for index in range(len(prompt_ids))] if names is None else names
+    for what, given in (("numbers", numbers), ("names", names)):
+        if given is not None and len(given) != len(prompt_ids):
+            raise ConfigError(f"{len(prompt_ids)} prompts and {len(given)} {what}; give one for each")
+    for name, ids in zip(names, prompt_ids, strict=True):
+        if strange := [token for token in ids if not 0 <= token < known]:
+            raise ConfigError(f"{name} has id {strange[0]}; the models know 0 to {known - 1}")
     context = min((policy.context for policy in policies if policy.context is not None), default=None)
     traces, rows = [Trace() for _ in prompt_ids], []
     for index, ids in enumerate(prompt_ids):
@@ -162,7 +164,7 @@ def reverse_speculative_decode(
             room = config.max_new_tokens if context is None else min(config.max_new_tokens, context - len(ids))
             reason = "length" if room == config.max_new_tokens else "context"
             draw = random.Random(f"{config.seed}-{number}")
-            rows.append(_Row(list(ids), traces[index], draw, room, reason))
+            rows.append(_Row(names[index], list(ids), traces[index], draw, room, reason))
     ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     try:
         if rows:
@@ -179,6 +181,7 @@ def reverse_speculative_decode(
 class _Row:
     """A row that is being drawn: at most `room` tokens, and why it ends there."""
 
+    name: str
     prompt: list[int]
     trace: Trace
     draw: random.Random
@@ -340,8 +343,8 @@ def _append(
             for p, role in ((of_teacher, TEACHER), (of_student, STUDENT)):
                 if not math.isfinite(p):
                     raise NonFiniteError(
-                        f"the {role}'s probabilities after a prompt of {len(row.prompt)} tokens and {len(trace.completion_ids)} "
-                        f"drawn ones are no numbers; a model that leaves float16 needs dtype bfloat16 or float32"
+                        f"{row.name}: the {role}'s probabilities after {len(row.prompt)} tokens and {len(trace.completion_ids)} drawn "
+                        "ones are no numbers; a model that leaves float16 needs dtype bfloat16 or float32"
                     )
             trace.completion_ids.append(int(token))
             trace.sources.append(TEACHER if is_teachers else STUDENT)

@@ -108,7 +108,10 @@ def trace_problems(
     def compute(_number: int, batch: list[tuple[int, int]]) -> list[Record]:
         numbers = [i * config.n + draw for i, draw in batch]
         start = time.perf_counter()
-        found = reverse_speculative_decode(teacher, student, [prompts[i] for i, _ in batch], rsd, ends, numbers)
+        found = reverse_speculative_decode(
+            teacher, student, [prompts[i] for i, _ in batch], rsd, ends, numbers,
+            [f"problem {problems[i]['id']!r}, sample {draw}" for i, draw in batch],
+        )  # fmt: skip
         seconds = (time.perf_counter() - start) / len(batch)
         return [
             {

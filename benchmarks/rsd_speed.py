@@ -1,15 +1,16 @@
 """Tokens per second of reverse speculative decoding by lookahead, batch, and how much larger the teacher is.
 
-    python benchmarks/rsd_speed.py --json benchmarks/results/rsd_speed_cpu.json --plot benchmarks/results/rsd_speed_cpu.svg
-    python benchmarks/rsd_speed.py --shape 7b-0.6b --tokens 192 --batch 1 --batch 8 --batch 32 --json benchmarks/results/rsd_speed_cuda.json
+    python benchmarks/rsd_speed.py --json rsd_speed.json --plot rsd_speed.svg
+    python benchmarks/rsd_speed.py --shape 7b-0.6b --batch 1 --batch 8 --batch 32 --json rsd_speed_cuda.json
 
 Random weights. In the Llama shapes the teacher is the student with layers behind it whose outputs are scaled down; in the Qwen shapes
-(s1.1-7B's and Qwen3-0.6B's) the student's embedding and head are the first numbers of the teacher's. Either way drafts are
-accepted about as often as among models of one family; the head is scaled up until a token has the certainty of text. Lookaheads
+(s1.1-7B's and Qwen3-0.6B's) the student's embedding and head are the first numbers of the teacher's, and what the layers add is
+scaled until the two share so much of the mass on random text; of text of their own, which they get surer of, they share less. The
+head is scaled up until a token has the certainty of text. Lookaheads
 take turns; a figure is the median of the rounds. `bound`: what k tokens per pass of the teacher, as counted, allow where a pass of the
 student costs c of the teacher's: k · (1 + c) / (1 + (γ + 1) c). It takes a pass over γ + 1 tokens to be as fast as one over one, and
-everything beside the models to be free. On a GPU passes are CUDA graphs, recorded before the first round as they are for the first
-batch of `align trace`, and lookaheads 0 and 4 are measured without them as well. Every teacher and batch is written down as it is
+everything beside the models to be free. On a GPU passes are CUDA graphs, recorded before the first round (those of one token even
+before the `first batch`), and lookaheads 0 and 4 are measured without them as well. Every teacher and batch is written down as it is
 done; started again, it goes on.
 """
 
@@ -76,9 +77,9 @@ def scale_layers(model: PreTrainedModel, scale: float, first: int = 0) -> None:
         layer.mlp.down_proj.weight.mul_(scale / len(layers) ** 0.5)
 
 
-def make_qwens(shape: str, accepted: float, sharpness: float, device: str, dtype: str):
+def make_qwens(shape: str, shared: float, sharpness: float, device: str, dtype: str):
     """Two models of shapes of their own that agree about the next token as far as their layers let them; what these add is scaled
-    until drafts are accepted as often as asked for."""
+    until they share the mass asked for on random text."""
     models = []
     for kind, (width, inner, layers, heads, kv, vocabulary) in zip(
         (Qwen2Config, Qwen3Config), QWEN[shape], strict=True
@@ -103,18 +104,18 @@ def make_qwens(shape: str, accepted: float, sharpness: float, device: str, dtype
             theirs.weight[:common, :known] = ours.weight
         # As long a vector over more numbers is of less length each.
         teacher.model.norm.weight.fill_((known / teacher.config.hidden_size) ** 0.5)
-        low, high, now = 0.01, 3.0, 1.0
+        low, high, scale = 0.01, 3.0, 1.0
         for _ in range(10):
             middle = (low * high) ** 0.5
             for model in models:
-                scale_layers(model, middle / now * len(model.model.layers) ** 0.5)
-            now = middle
-            low, high = (middle, high) if agreement(teacher, student) > accepted else (low, middle)
+                scale_layers(model, middle / scale * len(model.model.layers) ** 0.5)
+            scale = middle
+            low, high = (middle, high) if agreement(teacher, student) > shared else (low, middle)
     return teacher, student
 
 
 def agreement(teacher: PreTrainedModel, student: PreTrainedModel) -> float:
-    """The mass that p_T and p_S share, on average over positions of random text: about the chance that a draft is accepted."""
+    """The mass that p_T and p_S share, on average over positions of random text."""
     config, common = RSDConfig(), student.config.vocab_size
     ids = torch.randint(0, common, (4, 32), device=teacher.device)
     theirs, ours = (model(ids).logits[..., :common].float() for model in (teacher, student))
@@ -247,7 +248,7 @@ def main(
     tokens: int = 96,
     rounds: int = 3,
     scale: Annotated[float, typer.Option(help="Of what a Llama teacher's own layers add, all together.")] = 0.3,
-    accepted: Annotated[float, typer.Option(help="Share of drafts that Qwen's shapes are scaled to accept.")] = 0.88,
+    shared: Annotated[float, typer.Option(help="Mass on random text that Qwen's shapes are scaled to share.")] = 0.88,
     threshold: Annotated[float, typer.Option(help="τ.")] = 0.01,
     sharpness: Annotated[float, typer.Option(help="Standard deviation of the logits.")] = 6.0,
     dtype: Annotated[str, typer.Option(help="Of both models' weights.")] = "bfloat16",
@@ -260,7 +261,7 @@ def main(
     hardware = torch.cuda.get_device_name() if device != "cpu" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
     settings = {
         "hardware": hardware, "torch": torch.__version__, "shape": [list(s) if isinstance(s, tuple) else s for s in (LLAMA | QWEN)[shape]],
-        "dtype": dtype, "new tokens": tokens, "rounds": rounds, "scale": scale if shape in LLAMA else accepted, "sharpness": sharpness,
+        "dtype": dtype, "new tokens": tokens, "rounds": rounds, **({"scale": scale} if shape in LLAMA else {"shared": shared}), "sharpness": sharpness,
         "threshold": threshold,
     }  # fmt: skip
     results: list[dict[str, Any]] = []
@@ -277,7 +278,7 @@ def main(
             if models is None and shape in LLAMA:
                 models = make_llamas(shape, count, scale, sharpness, device, dtype)
             elif models is None:
-                models = make_qwens(shape, accepted, sharpness, device, dtype)
+                models = make_qwens(shape, shared, sharpness, device, dtype)
             for row in measure(models, size, tokens, rounds, threshold):
                 results.append({"teacher layers": count} | row)
                 print({k: v for k, v in results[-1].items() if k != "all"}, flush=True)

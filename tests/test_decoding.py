@@ -67,7 +67,7 @@ def test_probabilities_that_are_no_numbers_are_an_error_and_leave_nothing_behind
         before = weight[7].clone()
         with torch.no_grad():
             weight[7] = float("inf")
-        with pytest.raises(NonFiniteError, match=f"the {role}'s probabilities after a prompt of 3 tokens.*bfloat16"):
+        with pytest.raises(NonFiniteError, match=f"prompt 0: the {role}'s probabilities after 3 tokens.*bfloat16"):
             reverse_speculative_decode(*policies, [[1, 7, 2], [5]], config, 0)
         with torch.no_grad():
             weight[7] = before
@@ -105,8 +105,23 @@ def test_a_model_without_numbers_is_told_so():
     broken = wide()[0]
     with torch.no_grad():
         broken.get_input_embeddings().weight.fill_(float("nan"))
-    with pytest.raises(NonFiniteError, match="the teacher's probabilities .* are no numbers"):
+    with pytest.raises(NonFiniteError, match="prompt 0: the teacher's probabilities .* are no numbers"):
         reverse_speculative_decode(broken, wide()[1], [[1, 2]], RSDConfig(max_new_tokens=3), 0)
+
+
+def test_a_pass_that_cannot_be_recorded_runs_without_and_says_so(monkeypatch):
+    from align import cuda_graphs
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("too little\nand more")
+
+    monkeypatch.setattr(cuda_graphs, "Recorded", fails)
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
+    monkeypatch.setattr("torch.cuda.Stream", lambda _device: None)
+    graphs = cuda_graphs.Graphs(True)
+    with pytest.warns(UserWarning, match="cannot be recorded: too little$"):
+        assert graphs.run(("key",), torch.neg, torch.ones(1)) == -1
+    assert not graphs.enabled and graphs.count == 0 and graphs.run(("other",), torch.neg, torch.ones(1)) == -1
 
 
 def test_long_rows_beside_short_ones():

@@ -8,7 +8,7 @@ from conftest import byte_level_tokenizer, tiny_llama
 from test_recipes import ROOT, align
 
 from align.decoding import Policy
-from align.errors import ConfigError, ModelMismatchError, RecordError
+from align.errors import ConfigError, ModelMismatchError, NonFiniteError, RecordError
 from align.models import load_tokenizer
 from align.records import read_records
 from align.rsd import RSDConfig, Trace, reverse_speculative_decode
@@ -157,14 +157,14 @@ def test_probabilities_are_raw_also_of_a_teacher_with_a_token_of_its_own():
 def test_a_trace_ends_where_either_would(tmp_path):
     """The teacher's end token is known by its own number; what the student calls by that number ends nothing."""
     tokenizer = byte_level_tokenizer()
-    end, vocabulary = tokenizer.eos_token_id, len(byte_level_tokenizer())
+    end, vocabulary = tokenizer.eos_token_id, len(tokenizer)
     other = vocabulary - 1
     teacher, student = (tiny_llama(i, vocab_size=vocabulary, eos_token_id=None) for i in (0, 1))
     for model in (teacher, student):
         model.generation_config.eos_token_id = None
     seen = []
 
-    def ends(_teacher, _student, prompts, _config, ends, _numbers):
+    def ends(_teacher, _student, prompts, _config, ends, *_):
         seen.append(list(ends))
         return [Trace(finish_reason="length") for _ in prompts]
 
@@ -191,6 +191,20 @@ def test_an_empty_prompt_costs_the_others_nothing(tmp_path):
     small = Policy(tiny_llama(vocab_size=40))
     with pytest.raises(RecordError, match="problem 'p0': its prompt has id .*, the models know 40"):
         trace_problems(small, small, tokenizer, problems[:1], tmp_path / "a.jsonl", tmp_path / "b.jsonl", *settings)
+
+
+def test_probabilities_that_are_no_numbers_name_the_problem(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    model = tiny_llama(vocab_size=len(tokenizer))
+    problems = [{"id": f"p{i}", "prompt": text, "answer": "1"} for i, text in enumerate(["one", "zebra"])]
+    (spoilt,) = set(tokenizer("zebra")["input_ids"][:1])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[spoilt] = float("inf")
+    with pytest.raises(NonFiniteError, match="problem 'p1', sample 0: the teacher's probabilities"):
+        trace_problems(
+            Policy(model), Policy(model), tokenizer, problems, tmp_path / "t.jsonl", tmp_path / "k.jsonl",
+            RSDConfig(max_new_tokens=5), TraceConfig(n=2, batch_size=4),
+        )  # fmt: skip
 
 
 def test_interrupted_and_started_again_the_traces_are_the_same(tmp_path, monkeypatch):
