@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import re
+from decimal import Decimal
+from math import isfinite
 from typing import Any
 
-from .errors import ConfigError, MissingColumnError
+from .answers import boxed_answer
+from .errors import ConfigError, MissingColumnError, RecordError
 from .records import Record, check_records, row_name
 from .sources import first_of, load_rows, row_id
 
@@ -76,12 +78,12 @@ def _to_problem(row: Record, index: int, source: str, split: str) -> Record:
     solution = first_of(row, SOLUTION_COLUMNS)
     answer = first_of(row, ANSWER_COLUMNS)
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(answer)
+        answer = _in_digits(answer, name)
     if isinstance(answer, str) and "####" in answer:  # openai/gsm8k keeps the solution in its answer column
         solution = solution or answer
         answer = answer.rsplit("####", 1)[1].strip()
     if answer is None and isinstance(solution, str):
-        answer = _boxed(solution)
+        answer = boxed_answer(solution)
     if not answer:
         raise MissingColumnError(
             f"{name}: no answer; one of the columns {', '.join(ANSWER_COLUMNS)}, or a solution ending in "
@@ -91,15 +93,11 @@ def _to_problem(row: Record, index: int, source: str, split: str) -> Record:
     return problem | ({"solution": solution} if solution else {})
 
 
-def _boxed(solution: str) -> str | None:
-    """What stands in the last `\\boxed{…}` of a solution, braces balanced (the MATH data sets keep answers there)."""
-    starts = [match.end() for match in re.finditer(r"\\boxed\s*{", solution)]
-    depth = 1
-    for position in range(starts[-1], len(solution)) if starts else ():
-        depth += {"{": 1, "}": -1}.get(solution[position], 0)
-        if depth == 0:
-            return solution[starts[-1] : position]
-    return None
+def _in_digits(number: float, name: str) -> str:
+    """A number's digits: 0.00001 and 10000000000000000, where Python writes 1e-05 and 1e+16."""
+    if not isfinite(number):
+        raise RecordError(f"{name}: answer = {number} must be a finite number or text; fix or remove the row")
+    return str(number) if isinstance(number, int) else format(Decimal(repr(number)), "f")
 
 
 def _phrase(prompt: Any, template: str | None, chat: bool, system_prompt: str | None) -> Any:

@@ -18,7 +18,7 @@ from align.verify import answers_equal, canonical_answer, extract_answer, verify
     [
         ("so 3+4=7\n#### 7", "7", "hash"),
         ("#### 18 dollars", "18", "hash"),
-        ("#### 5 hours and 30 minutes", "5", "hash"),
+        ("#### 5 hours and 30 minutes", "5 hours and 30 minutes", "hash"),
         ("#### 3/4 of it", "3/4", "hash"),
         ("#### x^2 + 1", "x^2 + 1", "hash"),
         ("#### 12.50 (per person)", "12.5", "hash"),
