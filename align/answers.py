@@ -34,6 +34,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+import unicodedata
 from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -96,6 +97,7 @@ def _plain(text: str) -> str:
     if text.isascii():
         return text
     text = re.sub(rf"(?<=\d)\s*(?=[{''.join(_FRACTIONS)}])", " ", text).translate(_PLAIN)
+    text = re.sub(r"[^\D0-9]", lambda m: str(unicodedata.decimal(m.group())), text)
     for opening, digits in (("^", _SUPERSCRIPTS), ("_", _SUBSCRIPTS)):
         text = re.sub(
             f"[{''.join(digits)}]+", lambda m, o=opening, d=digits: f"{o}{{{''.join(map(d.get, m.group()))}}}", text
@@ -207,13 +209,13 @@ _UNIT_WORD = re.compile(
 )
 #: Words that end a quantity, or that make another one of it.
 _ENDS_QUANTITY = _words(
-    "a an as at after altogether because before but by each for from given he her his how i if in into is it its left more of on"
+    "a an as at after altogether because before but by each for from given he her his how i if in into is it its left of on"
     " our per remaining she since so than that the their then there therefore they this thus total until we what when where"
     " which while who will with was were are has have had would not"
 )
 _CHANGES_QUANTITY = _words(
     "and or to plus minus times squared cubed half halves thirds fifths sixths sevenths eighths ninths tenths hundredths"
-    " thousandths mod choose factorial"
+    " thousandths mod choose factorial more less fewer than"
 )
 
 
@@ -233,12 +235,12 @@ class _Quantity:
 
 
 _EXACT = re.compile(
-    rf"""(?P<sign>[-+]?)\s*(?:(?P<currency>{_CURRENCY})\s*(?P<sign2>[-+]?)\s*)?(?:
+    rf"""(?P<sign3>[-+]?)10\^\{{(?P<ten>[-+]?\d+)\}}|(?P<sign>[-+]?)\s*(?:(?P<currency>{_CURRENCY})\s*(?P<sign2>[-+]?)\s*)?(?:
         (?P<begin>\d*)\.(?P<fixed>\d*)\\overline\{{(?P<repeat>\d+)\}}
       | (?P<whole>{_INTEGER})(?:\s*\\frac\{{(?P<top>\d+)\}}\{{(?P<bottom>\d+)\}}|[ ](?P<top2>\d+)/(?P<bottom2>\d+)|[ ]and[ ]a[ ](?P<half>half)\b)
       | \\frac\{{\s*(?P<numerator>[-+]?{_DECIMAL})\s*\}}\{{\s*(?P<denominator>[-+]?{_DECIMAL})\s*\}}
       | (?P<decimal>{_DECIMAL}|\d+\.)(?:\s*/\s*(?P<over>{_DECIMAL}))?
-    )(?P<power>{_POWER_OF_TEN})?(?P<percent>\s*%)?|(?P<sign3>[-+]?)10\^\{{(?P<ten>[-+]?\d+)\}}""",
+    )(?P<power>{_POWER_OF_TEN})?(?P<percent>\s*%)?""",
     re.VERBOSE,
 )
 
@@ -292,22 +294,17 @@ def _number_with_unit(text: str) -> tuple[_Quantity, str] | None:
     while len(words) < 6 and (word := _UNIT_WORD.match(unit, position)):
         name = word.group().strip()
         plain = name.rstrip(".").lower()
-        if (
-            plain in _CHANGES_QUANTITY
-            or plain in ("more", "less", "fewer", "than")
-            or (glued and not words and re.fullmatch(r"[A-Za-z]\W?.*", name) and not name[1:2].isalpha())
-        ):
+        variable = glued and not words and name[0].isascii() and not name[1:2].isalpha()  # 5x is no 5
+        if variable or plain in _CHANGES_QUANTITY:
             break
         position = word.end()
         if not words and plain in _SCALES:
             value *= _SCALES[plain]
         else:
             words.append(name)
-    found = _unit(words)
+    found, _ = _longest_unit(words)
     if found is not None and not dimension:
         dimension, factor = found
-    elif words and not position:
-        return None
     return _Quantity(value, dimension, factor), unit[position:].strip()
 
 
@@ -329,6 +326,12 @@ def _unit(words: list[str]) -> tuple[str, Fraction] | None:
         if known[1] == 0:  # an angle in radians is not one in degrees
             dimension += "radians"
     return (dimension, factor) if dimension else None
+
+
+def _longest_unit(words: list[str]) -> tuple[tuple[str, Fraction] | None, int]:
+    """The unit that the words begin with, and how many of them it is."""
+    found = ((unit, length) for length in range(len(words), 0, -1) if (unit := _unit(words[:length])))
+    return next(found, (None, 0))
 
 
 def _quantity(text: str) -> _Quantity | None:
@@ -380,10 +383,10 @@ _MATH_SPAN = re.compile(
 # After a number: what makes it a part of a larger expression.
 _GOES_ON = re.compile(
     r"\s*(?:[\^_√±≤≥<>∞\u0370-\u03ff]|\\(?!%|text|mathrm|mbox|textrm|textbf|operatorname|[,;:! )\]]|quad|\$|circ)|!(?![\s.]*$)(?!\s+[A-Z])|\{|[*/×÷·=](?!\*)"
-    r"|[-+](?=\s*[\dA-Za-z\\($.])|\((?!\s*[A-Za-z])|\.\d|:\d)|[A-Za-z](?![A-Za-z])(?<![ghmsLl])|[A-Za-z]\w*[*^(\\+-]|\d"
+    r"|[-+](?=\s*(?:[\d\\($.]|[A-Za-z](?![a-z])))|\((?!\s*[A-Za-z])|\.\d|:\d)|[A-Za-z](?![A-Za-z])(?<![ghmsLl])|[A-Za-z]\w*[*^(\\+-]|\d"
 )
 _LISTS_ON = re.compile(
-    r"\s*(?:,\s*)?(?:\$\s*)?(?:or|and|to|&|through)\s+(?:\$?-?\.?\d|\\[a-z]|\$|a\s+half\b|[a-z]\s*=)|\s*,\s*(?:and\s+|or\s+)?(?:[-$]|\\(?!boxed|fbox)[a-z(]|\d|[a-z]\s*=)",
+    r"\s*[或和又至到や]\s*\d|\s*(?:,\s*)?(?:\$\s*)?(?:or|and|to|&|through|out\s+of)\s+(?:\$?-?\.?\d|\\[a-z]|\$|a\s+half\b|[a-z]\s*=)|\s*,\s*(?:and\s+|or\s+)?(?:[-$]|\\(?!boxed|fbox)[a-z(]|\d|[a-z]\s*=)",
     re.IGNORECASE,
 )
 
@@ -394,7 +397,7 @@ def extract_answer(text: str) -> tuple[str | None, str | None]:
     Returns:
         The answer and the name of the rule; both `None` where nothing is found. Never raises, whatever the text.
     """
-    text = _spoken(_plain(text[-SEARCHED_TAIL:]))
+    text = _plain(_spoken(text)[-SEARCHED_TAIL:])
     if "\\" in text or "{,}" in text:
         text = _GROUPS.sub(",", text)
     for rule, find in _RULES:
@@ -603,25 +606,34 @@ def _leading_number(rest: str) -> str | None:
     while len(words) < 6 and (word := _UNIT_WORD.match(text, position)):
         name = word.group().strip()
         plain = name.rstrip(".,").lower()
-        if plain in ("more", "less", "fewer") and re.match(r"\s+(?:\w+\s+)?than\b", text[word.end() :]):
-            return _sentence(rest)
         if plain in _ENDS_QUANTITY:
             break
         if plain in _CHANGES_QUANTITY:
-            more = re.match(r"\s*(?:the\s+|a\s+)?(?:\S+\s+)?(?:\d|\\[a-z]|half\b|power)", text[word.end() :])
-            if plain not in ("and", "or", "to") or more:
-                return _sentence(rest)
-            break
+            goes_on = _CHANGES_WITH.get(plain)
+            return _sentence(rest) if goes_on is None or goes_on.match(text, word.end()) else _in_short(match, words)
         words.append(name)
         position = word.end()
         if _same_dimension(name, re.match(rf"\s*,?\s*{_NUMBER}\s*([A-Za-z{_CJK}]+)", text[position:])):
             return _sentence(rest)  # 5 feet 6 inches
         if name.endswith("."):
             break
-    kept = [word for word in words[:1] if word.lower().rstrip(".,") in _SCALES]
-    kept += words[len(kept) :] if _unit([word.rstrip(".,") for word in words[len(kept) :]]) else []
-    number = _trim(match.group(1)).rstrip(",")
-    return " ".join([number, *kept]).rstrip(".")
+    return _in_short(match, words)
+
+
+_ANOTHER = re.compile(r"\s*(?:the\s+|a\s+)?(?:\S+\s+)?(?:\d|\\[a-z]|half\b)")
+_COMPARED = re.compile(r"\s+(?:\w+\s+)?than\s+(?:\d|[a-z]\b)")
+#: What must follow some words that change a quantity, so that they do: "5 and 7", "5 more than x", not "5 more apples".
+_CHANGES_WITH = {
+    **dict.fromkeys(("and", "or", "to"), _ANOTHER), **dict.fromkeys(("more", "less", "fewer"), _COMPARED)
+}  # fmt: skip
+
+
+def _in_short(number: re.Match[str], words: list[str]) -> str:
+    """A number with its scale and unit; nouns are left out."""
+    words = [word.rstrip(".,") for word in words]
+    scale = int(bool(words) and words[0].lower() in _SCALES)
+    _, length = _longest_unit(words[scale:])
+    return " ".join([_trim(number.group(1)).rstrip(","), *words[: scale + length]])
 
 
 def _same_dimension(unit: str, following: re.Match[str] | None) -> bool:
@@ -660,7 +672,9 @@ def _sentence(rest: str) -> str:
 
 
 _UNFINISHED = re.compile(r"(?:[-+*/×÷=(]|<<[^>]*)\s*$")
-_JOINED_BEFORE = re.compile(rf"((?<![\w.])(?:{_NUMBER}(?:\s+[A-Za-z]+)?\s+or\s+|between\s+{_NUMBER}\s+and\s+))$")
+_JOINED_BEFORE = re.compile(
+    rf"((?<![\w.])(?:{_NUMBER}(?:\s+[A-Za-z]+)?\s+(?:or|out\s+of|in)\s+|between\s+{_NUMBER}\s+and\s+))$"
+)
 _QUALIFIED_BEFORE = re.compile(
     r"\b(?:not|isn't|never|(?:less|fewer|more|greater)\s+than|at\s+(?:least|most)|half\s+(?:of|as)|twice|double|triple)\s+\$?$",
     re.IGNORECASE,
@@ -973,7 +987,9 @@ def _same_side(left: str, right: str, depth: int) -> bool | None:
 
 def _last_side(text: str) -> str:
     sides = _EQUATION.split(text)
-    return sides[-1].strip() if len(sides) > 1 and sides[-1].strip() else text
+    if len(sides) < 2 or not sides[-1].strip():
+        return text
+    return (sides[0] if re.fullmatch(r"\s*[A-Za-z]\s*", sides[-1]) else sides[-1]).strip()
 
 
 _LESS, _GREATER = r"(<|\\leq\s*)", r"(>|\\geq\s*)"
