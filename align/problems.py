@@ -83,7 +83,7 @@ def _to_problem(row: Record, index: int, source: str, split: str) -> Record:
         solution = solution or answer
         answer = answer.rsplit("####", 1)[1].strip()
     if answer is None and isinstance(solution, str):
-        answer = boxed_answer(solution)
+        answer = solution.rsplit("####", 1)[1].strip() if "####" in solution else boxed_answer(solution)
     if not answer:
         raise MissingColumnError(
             f"{name}: no answer; one of the columns {', '.join(ANSWER_COLUMNS)}, or a solution ending in "

@@ -186,3 +186,10 @@ def test_numbers_of_json_are_answers_by_their_digits(tmp_path):
     assert answers == ["0.00001", "10000000000000000", "12345678901234567890", "2.5"]
     assert verify_completion("The answer is 0.00001.", answers[0]).correct
     assert verify_completion("#### 10000000000000000", answers[1]).correct
+
+
+def test_a_solution_alone_has_its_answer(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    rows = [{"question": "a", "solution": "3+4=7\n#### 7"}, {"question": "b", "solution": r"so \boxed{\frac{1}{2}} {"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert [row["answer"] for row in load_problems(str(path))] == ["7", r"\frac{1}{2}"]
