@@ -12,6 +12,7 @@ belongs to token i + 1; completion token j is found at label position P - 1 + j.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,10 +67,10 @@ class CompletionRule:
         settings = generation_config_of(checkpoint) if isinstance(checkpoint, str) else checkpoint
         return cls([] if eos is None else end_ids_of(eos, settings), eos, trl)
 
-    def say(self, message: str) -> None:
-        """Warns, once a run."""
-        if message not in self._said:
-            self._said.add(message)
+    def say(self, what: str, message: str) -> None:
+        """Warns of `what`, once a run, in the words of its first row."""
+        if what not in self._said:
+            self._said.add(what)
             warnings.warn(message, stacklevel=2)
 
 
@@ -118,7 +119,7 @@ def _ended(tokenizer, ids: list[int], rule: CompletionRule, name: str, chat: boo
     end = first_end(ids, rule.end_ids)
     if end is None:
         if chat:
-            rule.say(_without_end(tokenizer, ids, rule))
+            rule.say("no end", _without_end(tokenizer, ids, rule))
         return add_eos(ids, rule.eos_token_id)
     if tokenizer.decode(ids[end:], skip_special_tokens=True).strip():
         raise RecordError(
@@ -321,9 +322,10 @@ def _conversation(
 
     That is what the chat template renders, with two exceptions.
 
-    1. The template leaves a part of the answer out (reasoning before `</think>`, which it removes from history). The model
-       writes the answer after the generation prompt, so the text is the generation prompt, the answer as it is, and what
-       the template writes after answers. Where the answer repeats the generation prompt's end (`<think>`), it stands once.
+    1. The model writes its answer after the generation prompt. So where the template leaves a part of the answer out
+       (reasoning before `</think>`, which it removes from history), or where the answer closes a tag that the generation
+       prompt opens, the text is the generation prompt, the answer as it is, and what the template writes after answers.
+       Where the answer begins with the generation prompt's end (`<think>`), that stands once.
     2. The template renders earlier turns otherwise when an answer follows. The model sees them as they are before the
        answer, so the text is the prompt with its generation prompt, and of the whole what follows the last message.
 
@@ -341,31 +343,42 @@ def _conversation(
     earlier = prompt[:-1] if _is_prefilled(prompt) else prompt
     turns = _render(tokenizer, earlier, name, template) if earlier else ""
     answer = _squeezed(whole[len(commonprefix([turns, whole])) :])
-    if not all(_squeezed(text) in answer for message in answers for text in _texts(message)):
-        return _unstripped(tokenizer, prompt, completion, before, turns, whole, name, template)
-    if whole.startswith(turns):
-        return whole
-    return _with_prompt(prompt, completion, before, whole, name)
-
-
-def _unstripped(tokenizer, prompt, completion, before: str, turns: str, whole: str, name: str, template) -> str:
+    there = all(_squeezed(text) in answer for message in answers for text in _texts(message))
     content = completion[0].get("content")
-    if len(completion) > 1 or not isinstance(content, str) or any(completion[0].get(key) for key in SAID[1:]):
+    lone = len(completion) == 1 and isinstance(content, str) and not any(completion[0].get(key) for key in SAID[1:])
+    tag, closing = _open_tag(before[len(turns) :]) if before.startswith(turns) else ("", "")
+    if lone and (not there or (tag and closing in content)):
+        # The end of the generation prompt that an answer may repeat: the tag, and all that the whole does not have.
+        least = min(len(commonprefix([before, whole])), before.rindex(tag) if tag else len(before))
+        places = () if _is_prefilled(prompt) or not before[least:].strip() else range(len(turns), least + 1)
+        repeated = (place for place in places if content.lstrip().startswith(before[place:].rstrip()))
+        place = next(repeated, None)
+        after = _after_answers(tokenizer, prompt, name, template)
+        return before + content + after if place is None else before[:place] + content.lstrip() + after
+    if not there:
         raise RecordError(
             f"{name}: the chat template leaves a part of {str(completion)[:80]!r} out; give the answer as one message of text, or "
             "use a chat template that renders all of it"
         )
+    return whole if whole.startswith(turns) else _with_prompt(prompt, completion, before, whole, name)
+
+
+def _open_tag(text: str) -> tuple[str, str]:
+    """The last tag that `text` opens and does not close, and what closes it; empty where there is none."""
+    for tag in reversed(re.findall(r"<\w+>|\[\w+\]", text)):
+        closing = f"{tag[0]}/{tag[1:]}"
+        if text.count(tag) > text.count(closing):
+            return tag, closing
+    return "", ""
+
+
+def _after_answers(tokenizer, prompt: list[dict], name: str, template: Mapping[str, Any]) -> str:
+    """What the chat template writes after an answer."""
     marked = _render(tokenizer, [*prompt, {"role": "assistant", "content": _MARK}], name, template)
     _, found, after = marked.rpartition(_MARK)
     if not found:
         raise RecordError(f"{name}: the chat template leaves the answer out; use one that renders assistant messages")
-    last = len(commonprefix([before, whole]))
-    # The beginning of the answer that the generation prompt has, too: at least what the whole conversation does not have.
-    for place in range(len(turns), last + 1) if before.startswith(turns) and not _is_prefilled(prompt) else ():
-        opening = before[place:].strip()
-        if before[last:].strip() and content.lstrip().startswith(opening):
-            return before[:place] + content.lstrip() + after
-    return before + content + after
+    return after
 
 
 def _with_prompt(prompt: list[dict], completion: list[dict], before: str, whole: str, name: str) -> str:
@@ -474,9 +487,10 @@ def _shared(
         )
     rest = _decode(tokenizer, prompt_ids[len(shared) :])
     rule.say(
+        "shorter prompt",
         f"the chat template's generation prompt ends with {rest!r}, which conversations with some of these answers do not have; "
         "their prompts end before it. To train on what the model sees when it generates, give answers as it writes them after "
-        f"{rest!r}"
+        f"{rest!r}",
     )
     return list(shared)
 
