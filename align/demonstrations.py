@@ -86,20 +86,22 @@ def load_demonstrations(
     """Demonstration records of a file that has ids, or of problems with solutions, a file or a hub data set.
 
     Args:
-        trl_completions: see `tokenize_demonstrations`; ids of a file stay as they are.
+        trl_completions: see `tokenize_demonstrations`.
         options: of `load_problems`, for problems.
 
     Raises:
         MissingColumnError, RecordError: a row has no solution, or ids that cannot be.
     """
+    rule = CompletionRule.of(tokenizer, trl=trl_completions)
     if os.path.splitext(source)[1] in (".jsonl", ".parquet") and os.path.isfile(source):
         rows = read_records(source)
         if rows and "completion_ids" in rows[0]:
             if (limit := options.get("limit")) is not None and limit < 1:
                 raise ConfigError(f"limit = {limit} must be at least 1")
             check_records(rows, "demonstration", source=source)
+            rule.check_unused(source)
             return rows[:limit]
-    problems, rule = load_problems(source, **options), CompletionRule.of(tokenizer, trl=trl_completions)
+    problems = load_problems(source, **options)
     return [encode_demonstration(tokenizer, p, f"{source}, {row_name(p, i)}", rule) for i, p in enumerate(problems)]
 
 

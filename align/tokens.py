@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
-from .errors import MissingColumnError, RecordError
+from .errors import ConfigError, MissingColumnError, RecordError
 from .records import REASONING, SAID, check_ids, check_prompt, row_name
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class CompletionRule:
     end_ids: Sequence[int]
     eos_token_id: int | None
     trl: bool = False
-    _said: set[str] = field(default_factory=set, repr=False)
+    _said: list[str] = field(default_factory=list, repr=False)
 
     @classmethod
     def of(
@@ -67,10 +67,17 @@ class CompletionRule:
         settings = generation_config_of(checkpoint) if isinstance(checkpoint, str) else checkpoint
         return cls([] if eos is None else end_ids_of(eos, settings), eos, trl)
 
+    def check_unused(self, name: str) -> None:
+        """Raises a ConfigError where rows have ids already, and the option would do nothing."""
+        if self.trl:
+            raise ConfigError(
+                f"{name}: trl_completions = True has no effect on ids; unset it, and give it where the ids are made (`align tokenize`)"
+            )
+
     def say(self, what: str, message: str) -> None:
         """Warns of `what`, once a run, in the words of its first row."""
         if what not in self._said:
-            self._said.add(what)
+            self._said.append(what)
             warnings.warn(message, stacklevel=2)
 
 
@@ -85,7 +92,7 @@ def generation_config_of(path: str) -> GenerationConfig | None:
     except (OSError, ValueError):
         pass
     try:
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path))
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
     except (OSError, ValueError):  # a folder with a tokenizer alone, or a model with code of its own
         return None
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from align import BASHConfig, BASHTrainer, RACConfig, RACTrainer, TokenDPOConfig, TokenDPOTrainer
 from align.cli import app
 from align.demonstrations import load_demonstrations, tokenize_demonstrations
-from align.errors import RecordError
+from align.errors import ConfigError, RecordError
 from align.identity import model_identity
 from align.preferences import tokenize_pairs
 from align.records import read_records, write_records
@@ -202,6 +202,21 @@ def test_demonstrations_end_alike(tmp_path):
     assert decode(tokenizer, row["completion_ids"]) == "4<|end|>"
     tokenize_demonstrations(rows, tokenizer, tmp_path / "out.jsonl", trl_completions=True)
     assert decode(tokenizer, read_records(tmp_path / "out.jsonl")[0]["completion_ids"]) == "4<|end|>\n"
+
+
+def test_the_option_is_refused_where_ids_are_made_already(tmp_path):
+    tokenizer, ids = chat(), {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]}
+    with pytest.raises(ConfigError, match="train data set: trl_completions = True has no effect on ids"):
+        trainer([ids], tokenizer, tmp_path, trl_completions=True)
+    with pytest.raises(ConfigError, match="train data set: trl_completions = True has no effect"):
+        GuardedSFTTrainer(
+            tiny_llama(vocab_size=len(tokenizer)), args=GuardedSFTConfig(str(tmp_path), trl_completions=True, **QUIET),
+            train_dataset=Dataset.from_list([{"input_ids": [5, 6], "completion_mask": [0, 1]}]), processing_class=tokenizer,
+        )  # fmt: skip
+    row = {"id": "a", "prompt": "x", "completion": "y", "prompt_ids": [5], "completion_ids": [6]}
+    write_records(tmp_path / "in.jsonl", [row])
+    with pytest.raises(ConfigError, match="in.jsonl: trl_completions"):
+        load_demonstrations(str(tmp_path / "in.jsonl"), tokenizer, trl_completions=True)
 
 
 def test_a_changed_template_is_another_model(tmp_path):

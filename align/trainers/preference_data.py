@@ -68,6 +68,8 @@ def prepare_preference_dataset(
     stream = isinstance(dataset, IterableDataset)
     token_level = [f"{side}_{column}" for side in SIDES for column in TOKEN_COLUMNS if f"{side}_{column}" in names]
     has_ids = "chosen_ids" in names or "rejected_ids" in names
+    if has_ids:
+        rule.check_unused(f"{name} data set")
     _check_columns(name, names, token_level, has_ids, required)
 
     def check(row: dict[str, Any], index: int) -> None:

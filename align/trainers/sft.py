@@ -60,16 +60,21 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         names = set(column_names(dataset))
+        self._rule = self._rule or CompletionRule.of(
+            getattr(processing_class, "tokenizer", processing_class), self._checkpoint, args.trl_completions
+        )
+        if "input_ids" in names:
+            self._rule.check_unused(f"{dataset_name} data set")
         pairs = {"prompt", "completion"} <= names and "input_ids" not in names and formatting_func is None
         # Masks of a template's own, transforms and processors of images are TRL's matter.
-        ours = not (args.trl_completions or args.assistant_only_loss) and hasattr(processing_class, "pad_token")
+        ours = not (self._rule.trl or args.assistant_only_loss) and hasattr(processing_class, "pad_token")
         if pairs and ours and not (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
             dataset = self._encoded(dataset, processing_class, args, dataset_name)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     def _encoded(self, dataset: Dataset | IterableDataset, tokenizer, args, name: str) -> Dataset | IterableDataset:
         """Rows of prompt and completion with the ids and the mask that TRL makes labels of."""
-        self._rule = rule = self._rule or CompletionRule.of(tokenizer, self._checkpoint)
+        rule = self._rule
 
         def encode(row: dict[str, Any], index: int) -> dict[str, list[int]]:
             where = f"{name} data set, {row_name(row, index)}"
