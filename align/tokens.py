@@ -170,16 +170,22 @@ def encode_prompt(
         RecordError: no ids come out (an empty prompt without BOS), messages without a chat template, or a last turn that
             cannot go on.
     """
+    return _prompt_as_seen(tokenizer, prompt, name, template or {})[1]
+
+
+def _prompt_as_seen(tokenizer, prompt, name: str, template: Mapping[str, Any]) -> tuple[str, list[int]]:
+    """A prompt's text and ids as the model sees them when it generates."""
     check_prompt(prompt, name)
     if isinstance(prompt, str):
-        ids = _text_ids(tokenizer, prompt, name)
+        text, ids = prompt, _text_ids(tokenizer, prompt, name)
         if ids and not prompt.endswith(tokenizer.eos_token or "\0") and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]  # some tokenizers close every text with EOS; a prompt goes on
     else:
-        ids = _rendered_ids(tokenizer, _before(tokenizer, prompt, name, template or {}), name)
+        text = _before(tokenizer, prompt, name, template)
+        ids = _rendered_ids(tokenizer, text, name)
     if not ids:
         raise RecordError(f"{name}: the prompt {prompt!r} gives no tokens, so nothing predicts the first one; add text")
-    return ids
+    return text, ids
 
 
 def _text_ids(tokenizer, text: str, name: str, **kwargs) -> list[int]:
@@ -256,7 +262,7 @@ def _is_prefilled(prompt: Sequence[Mapping[str, Any]]) -> bool:
 
 def _before(tokenizer, prompt: list[dict], name: str, template: Mapping[str, Any]) -> str:
     """What the model sees when it is to answer `prompt`."""
-    _check_rendered(tokenizer, prompt, prompt, name, template)
+    _check_rendered(tokenizer, prompt, 0, ("tool_calls",), name, template)
     if not _is_prefilled(prompt):
         return _render(tokenizer, prompt, name, template, add_generation_prompt=True)
     if not prompt[-1].get("content") or prompt[-1].get("tool_calls"):
@@ -292,23 +298,21 @@ def _check_roles(completion: Sequence[Mapping[str, Any]], name: str) -> None:
 
 
 def _check_rendered(
-    tokenizer,
-    messages: list[dict],
-    those: Sequence[dict],
-    name: str,
-    template: Mapping[str, Any],
-    key: str = "tool_calls",
+    tokenizer, messages: list[dict], start: int, keys: Sequence[str], name: str, template: Mapping[str, Any]
 ) -> None:
-    """Raises a RecordError where the template leaves out a key of one of `those`, which are among `messages`."""
-    keys = REASONING if key in REASONING else (key,)
-    for place, message in enumerate(messages):
-        if message.get(key) and any(message is one for one in those):
-            without = {k: v for k, v in message.items() if k not in keys}
-            parts = [messages, [*messages[:place], without, *messages[place + 1 :]]]
-            if len({_render(tokenizer, part, name, template) for part in parts}) == 1:
+    """Raises a RecordError where the template leaves out what one of the messages from `start` on has under these keys."""
+    for place in range(start, len(messages)):
+        if found := [key for key in keys if messages[place].get(key)]:
+            without = {key: value for key, value in messages[place].items() if key not in keys}
+            whole = _render(tokenizer, messages, name, template)
+            try:
+                rest = _render(tokenizer, [*messages[:place], without, *messages[place + 1 :]], name, template)
+            except RecordError:  # a template that refuses a message without them
+                continue
+            if rest == whole:
                 raise RecordError(
-                    f"{name}: the chat template leaves {key} = {str(message[key])[:80]!r} out; write it into `content` as the "
-                    "model is to write it, or use a chat template that renders it"
+                    f"{name}: the chat template leaves {found[0]} = {str(messages[place][found[0]])[:80]!r} out; write it into "
+                    "`content` as the model is to write it, or use a chat template that renders it"
                 )
 
 
@@ -344,30 +348,36 @@ def _conversation(
     """
     messages = _joined(prompt, completion, name)
     whole = _render(tokenizer, messages, name, template)
-    answers = messages[len(messages) - len(completion) :]
-    for key in ("tool_calls", *REASONING):
-        _check_rendered(tokenizer, messages, answers, name, template, key)
+    start = len(messages) - len(completion)
+    for keys in (("tool_calls",), REASONING):
+        _check_rendered(tokenizer, messages, start, keys, name, template)
     earlier = prompt[:-1] if _is_prefilled(prompt) else prompt
     turns = _render(tokenizer, earlier, name, template) if earlier else ""
     answer = _squeezed(whole[len(commonprefix([turns, whole])) :])
-    there = all(_squeezed(text) in answer for message in answers for text in _texts(message))
+    there = all(_squeezed(text) in answer for message in messages[start:] for text in _texts(message))
     content = completion[0].get("content")
     lone = len(completion) == 1 and isinstance(content, str) and not any(completion[0].get(key) for key in SAID[1:])
     tag, closing = _open_tag(before[len(turns) :]) if before.startswith(turns) else ("", "")
     if lone and (not there or (tag and closing in content)):
-        # The end of the generation prompt that an answer may repeat: the tag, and all that the whole does not have.
+        # What an answer may repeat of the generation prompt's end: the tag, and all that the whole does not have.
         least = min(len(commonprefix([before, whole])), before.rindex(tag) if tag else len(before))
-        places = () if _is_prefilled(prompt) or not before[least:].strip() else range(len(turns), least + 1)
-        repeated = (place for place in places if content.lstrip().startswith(before[place:].rstrip()))
-        place = next(repeated, None)
-        after = _after_answers(tokenizer, prompt, name, template)
-        return before + content + after if place is None else before[:place] + content.lstrip() + after
+        repeats = before[least:].strip() and not _is_prefilled(prompt)
+        places = range(len(turns), least + 1) if repeats else range(0)
+        return _going_on(before, content, places) + _after_answers(tokenizer, earlier, name, template)
     if not there:
         raise RecordError(
             f"{name}: the chat template leaves a part of {str(completion)[:80]!r} out; give the answer as one message of text, or "
             "use a chat template that renders all of it"
         )
     return whole if whole.startswith(turns) else _with_prompt(prompt, completion, before, whole, name)
+
+
+def _going_on(before: str, content: str, places: Iterable[int]) -> str:
+    """An answer behind the prompt; from one of these places on, it may repeat the prompt's end."""
+    for place in places:
+        if content.lstrip().startswith(before[place:].rstrip()):
+            return before[:place] + content.lstrip()
+    return before + content
 
 
 def _open_tag(text: str) -> tuple[str, str]:
@@ -379,9 +389,9 @@ def _open_tag(text: str) -> tuple[str, str]:
     return "", ""
 
 
-def _after_answers(tokenizer, prompt: list[dict], name: str, template: Mapping[str, Any]) -> str:
+def _after_answers(tokenizer, earlier: list[dict], name: str, template: Mapping[str, Any]) -> str:
     """What the chat template writes after an answer."""
-    marked = _render(tokenizer, [*prompt, {"role": "assistant", "content": _MARK}], name, template)
+    marked = _render(tokenizer, [*earlier, {"role": "assistant", "content": _MARK}], name, template)
     _, found, after = marked.rpartition(_MARK)
     if not found:
         raise RecordError(f"{name}: the chat template leaves the answer out; use one that renders assistant messages")
@@ -439,7 +449,7 @@ def encode_row(
             to the text; or the chat template leaves out what is given.
     """
     rule, template = rule or CompletionRule.of(tokenizer), template or {}
-    prompt_ids = encode_prompt(tokenizer, prompt, f"{name}: prompt", template)
+    before, prompt_ids = _prompt_as_seen(tokenizer, prompt, f"{name}: prompt", template)
     names = {side: f"{name}: {side}" for side in completions}
     completions = {side: _checked(prompt, one, names[side], rule) for side, one in completions.items()}
     if isinstance(prompt, str):
@@ -447,7 +457,7 @@ def encode_row(
             s: _text_completion_ids(tokenizer, prompt, one, prompt_ids, names[s]) for s, one in completions.items()
         }
         return prompt_ids, {side: _ended(tokenizer, ids, rule, names[side], chat=False) for side, ids in found.items()}
-    before, wholes = _before(tokenizer, prompt, f"{name}: prompt", template), {}
+    wholes = {}
     for side, one in completions.items():
         if rule.trl:
             wholes[side] = _render(tokenizer, _joined(prompt, one, names[side]), names[side], template)

@@ -5,10 +5,12 @@ Expected texts are written by hand, from what each small template does.
 
 import json
 import warnings
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import trl
 from conftest import byte_level_tokenizer, llama_tokenizer, tiny_llama
 from datasets import Dataset
 from transformers import GenerationConfig
@@ -119,14 +121,14 @@ def test_one_end_whatever_the_template_writes(tmp_path):
     bare = chat(NO_END)
     source = tmp_path / "pairs.jsonl"
     write_records(source, [PAIR | {"chosen": answer} for answer in ("4", "four", "4.0")])
-    for trl in (False, True):
+    for as_trl in (False, True):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            tokenize_pairs(str(source), bare, tmp_path / "out.jsonl", trl_completions=trl)
+            tokenize_pairs(str(source), bare, tmp_path / "out.jsonl", trl_completions=as_trl)
         said = [str(w.message) for w in caught if "end token" in str(w.message)]
-        assert len(said) == (0 if trl else 1) and all("'<|end|>' is added" in text for text in said)
+        assert len(said) == (0 if as_trl else 1) and all("'<|end|>' is added" in text for text in said)
         rows = read_records(tmp_path / "out.jsonl", "pair")
-        expected = [answer + "\n" + ("" if trl else "<|end|>") for answer in ("4", "four", "4.0")]
+        expected = [answer + "\n" + ("" if as_trl else "<|end|>") for answer in ("4", "four", "4.0")]
         assert [decode(bare, row["chosen_ids"]) for row in rows] == expected
 
 
@@ -250,6 +252,7 @@ OPENED = ASKED + "<think>\n"
         (QWEN, [{"role": "assistant", "reasoning_content": "Two.", "content": "4"}], (OPENED, "Two.\n</think>\n\n4<|end|>")),
         # No `<think>` in the generation prompt, and reasoning taken out all the same.
         (R1.replace("{{ '<think>\n' }}", ""), REASONED, (ASKED, REASONED + "<|end|>")),
+        (R1.replace("{{ '<think>\n' }}", ""), "t, as assistant ends\n</think>\n\n4", (ASKED, "t, as assistant ends\n</think>\n\n4<|end|>")),
         # The system message moves once an answer follows; the model sees it where it was.
         (MISTRAL, "4", ("[INST] Be short.\n\nWhat is 2+2?[/INST]", " 4<|end|>")),
     ],
@@ -268,6 +271,29 @@ def test_prompt_and_answer_are_what_the_model_sees(template, answer, expected, a
     assert generated.startswith(expected[0]) and (generated == expected[0]) == (
         answer != "4" or template in (QWEN, MISTRAL)
     )
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("deepseek_r1_distill", ("<｜Assistant｜><think>\n", "Two.\n</think>\n\n4<｜end▁of▁sentence｜>")),
+        ("deepseekv3", ("<｜Assistant｜><think>\n", "Two.\n</think>\n\n4<｜end▁of▁sentence｜>")),
+        ("nemotron_3_nano", ("<|im_start|>assistant\n<think>\n", "Two.\n</think>\n\n4<|im_end|>")),
+        ("qwen3_5_think", ("<|im_start|>assistant\n<think>\n", "Two.\n</think>\n\n4<|im_end|>")),
+        ("qwen3", ("<|im_start|>assistant\n", "<think>\nTwo.\n</think>\n\n4<|im_end|>")),
+        ("gptoss", ("<|start|>assistant", "<|channel|>final<|message|>4<|return|>")),
+    ],
+)  # fmt: skip
+def test_templates_of_real_models(name, expected):
+    """Those that TRL comes with: reasoning as the model writes it, and with the opening that the prompt has."""
+    tokenizer = chat((Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text())
+    end = next(end for end in ("<｜end▁of▁sentence｜>", "<|im_end|>", "<|return|>") if expected[1].endswith(end))
+    tokenizer.add_special_tokens({"eos_token": end})
+    answers = ["4"] if name == "gptoss" else ["Two.\n</think>\n\n4", "<think>\nTwo.\n</think>\n\n4"]
+    for answer in answers:
+        prompt_ids, ids = encode_row(tokenizer, USER, {"chosen": answer}, "row 0")
+        assert decode(tokenizer, prompt_ids).endswith(expected[0]) and decode(tokenizer, ids["chosen"]) == expected[1]
+        assert prompt_ids == encode_prompt(tokenizer, USER)
 
 
 def test_both_sides_have_one_prompt_and_a_shortened_one_is_said_once(tmp_path):
@@ -386,6 +412,13 @@ def test_tool_calls_train_with_trls_loss(tmp_path):
         batch = one._prepare_inputs(one.data_collator([one.train_dataset[i] for i in range(5)]))
         losses.append(one.compute_loss(one.model, batch).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and abs(losses[0] - 0.6931) > 1e-3
+
+
+def test_a_template_that_refuses_messages_without_calls():
+    """As Mistral's: a message has text or calls. That it cannot be rendered without its calls shows that they are used."""
+    tokenizer = chat("{% for m in messages %}{% if not m['content'] and not m.tool_calls %}{{ raise_exception('empty') }}{% endif %}"
+                     "{% endfor %}" + TOOLS)  # fmt: skip
+    assert texts(tokenizer, TOOL_ROWS[2])[2] == "It is sunny.<|end|>"
 
 
 def test_what_is_empty_is_dropped(tmp_path):
