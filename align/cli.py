@@ -166,6 +166,10 @@ def tokenize(
     max_prompt_length: Annotated[
         int | None, typer.Option(help="Leave out (and count) rows with longer prompts.")
     ] = None,
+    trl_completions: Annotated[
+        bool,
+        typer.Option(help="Completions as TRL makes them: as the chat template ends them, turns of others included."),
+    ] = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Makes pairs of a preference data set: prompt, chosen, rejected, as text or messages.
@@ -181,7 +185,7 @@ def tokenize(
         tokenize_pairs(
             source, load_tokenizer(model, trust_remote_code=trust_remote_code), out, split=split, subset=subset,
             limit=limit, chat=chat, system_prompt=unescape(system_prompt), max_prompt_length=max_prompt_length,
-            settings={"model": model_identity(model)},
+            trl_completions=trl_completions, settings={"model": model_identity(model)},
         )
     )  # fmt: skip
 

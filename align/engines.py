@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from .errors import ConfigError, EngineError, ModelLoadError
 from .processes import launched_processes
 from .safety import check_folder
-from .sample import Draws, Engine, SampleConfig, TransformersEngine, cut_at_end, derived_seed, with_own_ends
+from .sample import Draws, Engine, SampleConfig, TransformersEngine, cut_at_end, derived_seed
 from .stopping import watch
+from .tokens import end_ids_of, generation_config_of
 from .vllm_adapter import adapter_rank
 
 if TYPE_CHECKING:
@@ -156,11 +157,8 @@ def describe_model(
         raise ModelLoadError(
             f"{path}: no configuration can be loaded from there ({_short(error)}); give the model's folder or hub name"
         ) from error
-    try:
-        generation = GenerationConfig.from_pretrained(path)
-    except OSError:
-        generation = GenerationConfig.from_model_config(config)
-    return config.get_text_config().vocab_size, with_own_ends(tokenizer.eos_token_id, generation)
+    generation = generation_config_of(path) or GenerationConfig.from_model_config(config)
+    return config.get_text_config().vocab_size, end_ids_of(tokenizer.eos_token_id, generation)
 
 
 def read_completion(

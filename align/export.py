@@ -89,20 +89,28 @@ def _instruction(row: Record, name: str) -> str:
     prompt = row["prompt"]
     if isinstance(prompt, str):
         return prompt
-    users = [message["content"] for message in prompt if message["role"] == "user"]
+    users = [message["content"] for message in prompt if message["role"] == "user" and message.get("content")]
     if len(users) != 1:
         raise MissingColumnError(f"{name}: its prompt has {len(users)} user messages; give a column `instruction`")
     return users[0]
 
 
+def _whole_answer(row: Record) -> str:
+    """The assistant's turn; its beginning may stand in the prompt."""
+    last = {} if isinstance(row["prompt"], str) else row["prompt"][-1]
+    begun = last.get("content") if last.get("role") == "assistant" else ""
+    return ((begun if isinstance(begun, str) else "") + row["completion"]).strip()
+
+
 def _alpaca(row: Record, instruction: str, model_name: str) -> dict[str, Any]:
-    found = {"instruction": instruction, "output": row["completion"].strip(), "generator": model_name}
+    found = {"instruction": instruction, "output": _whole_answer(row), "generator": model_name}
     return {**({"dataset": row["dataset"]} if "dataset" in row else {}), **found}
 
 
 def _arena(row: Record, instruction: str, model_name: str) -> dict[str, Any]:
-    prompt, answer = row["prompt"], row["completion"].strip()
+    prompt, answer = row["prompt"], _whole_answer(row)
     messages = [{"role": "user", "content": instruction}] if isinstance(prompt, str) else list(prompt)
+    messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     plain = _CODE.sub("", answer)
     levels = [len(hashes) for hashes in _HEADER.findall(plain)]
     counts = {"header_count": {f"h{level}": levels.count(level) for level in range(1, 7)}} | {

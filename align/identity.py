@@ -36,7 +36,8 @@ def model_identity(path: str | Path) -> str:
     if not os.path.isdir(folder):
         return str(path)
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json"), *folder.glob("tokenizer*.json")]):
+    kinds = ("*.safetensors", "*config.json", "tokenizer*.json", "*.jinja")
+    for file in sorted(file for kind in kinds for file in folder.glob(kind)):
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
         with open(file, "rb") as stream:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from .checks import check_apart
 from .errors import ConfigError, MissingColumnError, RecordError
 from .problems import PROMPT_COLUMNS
-from .records import Record, check_prompt, row_name
+from .records import Record, check_prompt, is_empty, row_name
 from .sources import first_of, load_rows, row_id
 from .stages import file_hash, is_complete, read_manifest, run_in_parts
-from .tokens import encode_pair
+from .tokens import CompletionRule, encode_pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +33,7 @@ def tokenize_pairs(
     chat: bool = False,
     system_prompt: str | None = None,
     max_prompt_length: int | None = None,
+    trl_completions: bool = False,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, int]:
     """The stage `align tokenize`: writes pair records of a preference data set.
@@ -47,6 +48,8 @@ def tokenize_pairs(
         chat: makes text prompts user messages, after `system_prompt` if there is one, and text completions the
             assistant's, so that the tokenizer's chat template is applied.
         max_prompt_length: rows whose prompt is longer, in tokens, are left out and counted.
+        trl_completions: makes completions as TRL does: all that the chat template writes, without an end token of ours,
+            turns of others included; see `align.tokens.CompletionRule`.
         settings: what else the ids depend on (the tokenizer's name or hash), for resuming.
 
     Returns:
@@ -64,7 +67,7 @@ def tokenize_pairs(
     stamp = file_hash(source) if os.path.isfile(source) else source
     settings = {
         "source": stamp, "split": split, "subset": subset, "limit": limit, "chat": chat, "system_prompt": system_prompt,
-        "max_prompt_length": max_prompt_length, **(settings or {}),
+        "max_prompt_length": max_prompt_length, **({"trl_completions": True} if trl_completions else {}), **(settings or {}),
     }  # fmt: skip
     if is_complete(out_path, "tokenize", settings):
         return read_manifest(out_path)["counts"]
@@ -72,6 +75,7 @@ def tokenize_pairs(
     total = len(raw) if limit is None else min(limit, len(raw))
     parts = [range(start, min(start + ROWS_PER_PART, total)) for start in range(0, total, ROWS_PER_PART)]
     dropped: Counter[str] = Counter(prompt_too_long=0, equal=0, empty=0)
+    rule = CompletionRule.of(tokenizer, trl=trl_completions)
 
     def compute(_number: int, part: range) -> list[Record]:
         rows = []
@@ -81,7 +85,7 @@ def tokenize_pairs(
             found = _to_pair(row, name, chat, system_prompt)
             reason = _reason_to_drop(found)
             if reason is None:
-                found |= encode_pair(tokenizer, found, name)
+                found |= encode_pair(tokenizer, found, name, rule)
                 if max_prompt_length is not None and len(found["prompt_ids"]) > max_prompt_length:
                     reason = "prompt_too_long"
             # A row left out leaves its reason, so that a run that is resumed counts it, too.
@@ -136,10 +140,6 @@ def _to_pair(row: Mapping[str, Any], name: str, chat: bool, system_prompt: str |
 
 
 def _reason_to_drop(pair: Mapping[str, Any]) -> str | None:
-    def text(side: str) -> str:
-        content = pair[side]
-        return content if isinstance(content, str) else "".join(str(m["content"] or "") for m in content)
-
-    if not text("chosen") or not text("rejected"):
+    if is_empty(pair["chosen"]) or is_empty(pair["rejected"]):
         return "empty"
     return "equal" if pair["chosen"] == pair["rejected"] else None

@@ -39,6 +39,10 @@ TOKEN_COLUMNS = ("ce_scores", "guidance_logratios", "ref_logps", "weights", "ent
 #: Those of them that lie in [0, 1].
 PROBABILITIES = ("ce_scores", "rollout_values")
 
+#: Keys under which a message holds reasoning, and under which it holds what it says at all.
+REASONING = ("reasoning_content", "reasoning", "thinking")
+SAID = ("content", "tool_calls", *REASONING)
+
 _ID_COLUMNS = ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids")
 _TEXT_COLUMNS = ("answer", "completion", "finish_reason")
 
@@ -295,9 +299,23 @@ def check_prompt(prompt: Any, name: str, column: str = "prompt") -> None:
         return
     messages = isinstance(prompt, list) and prompt
     if not messages or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in prompt
+        isinstance(m, dict) and isinstance(m.get("role"), str) and any(key in m for key in SAID) for m in prompt
     ):
-        raise RecordError(f"{name}: {column} {prompt!r} must be text or a list of messages with `role` and `content`")
+        raise RecordError(
+            f"{name}: {column} {prompt!r} must be text or a list of messages with `role` and `content` (or `tool_calls`)"
+        )
+
+
+def is_empty(completion: str | list[dict]) -> bool:
+    """Whether a completion says nothing: no text, no tool call, no reasoning."""
+    if isinstance(completion, str):
+        return not completion
+    return not any(_says(message.get(key)) for message in completion for key in SAID)
+
+
+def _says(value: Any) -> bool:
+    parts = value if isinstance(value, list) else [value]
+    return any(part.get("text", True) if isinstance(part, dict) else part for part in parts)
 
 
 def check_ids(ids: Any, column: str, name: str, vocab_size: int | None = None) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .atomic import atomic_path
 from .errors import ConfigError, MissingColumnError, RecordError
 from .locks import locked
-from .records import TOKEN_COLUMNS, Record, check_ids, check_prompt, check_token_columns, row_name
+from .records import SAID, TOKEN_COLUMNS, Record, check_ids, check_prompt, check_token_columns, row_name
 from .token_texts import decoder, texts_by
 
 if TYPE_CHECKING:
@@ -326,7 +326,7 @@ def _page_row(
     """A pair as the page has it. A token is its place in `vocabulary`, which grows: ids and texts recur."""
     prompt = pair["prompt"]
     if not isinstance(prompt, str):
-        prompt = [[str(message["role"]), _content(message["content"])] for message in prompt]
+        prompt = [[str(message["role"]), _said(message)] for message in prompt]
     row: dict[str, Any] = {"id": str(pair["id"]), "prompt": prompt}
     if pair.get("first_error") is not None:
         row["first_error"] = pair["first_error"]
@@ -346,6 +346,13 @@ def _short(value: float) -> float:
     """Five digits; the value itself where they would be rounded beyond the floats, which JSON has no word for."""
     rounded = float(f"{value:.5g}")
     return rounded if math.isfinite(rounded) else float(value)
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    """A message's text, and its tool calls and reasoning as JSON."""
+    others = {key: message[key] for key in SAID[1:] if message.get(key)}
+    content = message.get("content")
+    return "\n".join(_content(part) for part in (content, others) if part)
 
 
 def _content(content: Any) -> str:

@@ -16,11 +16,11 @@ from .errors import ConfigError, RecordError
 from .models import vocab_size
 from .records import Record, check_records
 from .stages import records_hash, run_in_parts
-from .tokens import add_eos, decode_completion, encode_prompt
+from .tokens import add_eos, decode_completion, encode_prompt, end_ids_of, first_end
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: Of one prompt: per draw the completion's ids, EOS included where it ended, and the finish reason (`stop`, `length`).
 Draws = list[tuple[list[int], str]]
@@ -303,14 +303,7 @@ def without_generation_config(model: PreTrainedModel):
 
 def end_token_ids(model: PreTrainedModel, eos: int) -> list[int]:
     """EOS of the tokenizer and those the checkpoint itself ends with (chat models often have several)."""
-    return with_own_ends(eos, model.generation_config)
-
-
-def with_own_ends(eos: int, generation_config: GenerationConfig) -> list[int]:
-    """EOS, and the end tokens that a checkpoint's generation settings name, in order."""
-    own = generation_config.eos_token_id
-    own = [] if own is None else [own] if isinstance(own, int) else list(own)
-    return sorted({eos, *own})
+    return end_ids_of(eos, model.generation_config)
 
 
 def cut_at_end(
@@ -350,7 +343,7 @@ def find_end(
     Returns:
         The ids that stay, EOS included, and after how many of `ids` the end is there; `None` where there is none.
     """
-    read = next((place + 1 for place in range(given, len(ids)) if ids[place] in end_ids), None)
+    read = first_end(ids, end_ids, given)
     if config.stop:
         # A stop text has a token per byte at most; what lies further back than that takes no part.
         back = len(context) + given - max(len(stop.encode()) for stop in config.stop)

@@ -50,7 +50,7 @@ COMMANDS = {
         {"--positive": st.just("positive.jsonl"), "--negative": st.just("negative.jsonl")},
         {"--negative-coverage": share, "--pairs-per-problem": free, "--keep-truncated": None, "--positive": st.just("out.jsonl")},
     ),
-    "tokenize": (("preference",), True, {"--model": st.just(MODEL)}, LIMIT | SYSTEM | {"--max-prompt-length": free}),
+    "tokenize": (("preference",), True, {"--model": st.just(MODEL)}, LIMIT | SYSTEM | {"--max-prompt-length": free, "--trl-completions": None}),
     "evaluate": (
         ("verdict", "sample"),
         False,

@@ -62,3 +62,18 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(RecordError, match="no reference answer to compare with.*--export"):
         verify_records([sample()])
     assert not out.exists()
+
+
+@pytest.mark.parametrize("kind, shown", [("alpaca-eval", "output"), ("arena-hard", "messages")])
+def test_an_answer_that_begins_in_the_prompt_is_exported_whole(tmp_path, kind, shown):
+    """A prefilled turn is the assistant's; messages of tool calls have no content."""
+    prompt = [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hel"}]
+    out = tmp_path / ("out.json" if kind == "alpaca-eval" else "out.jsonl")
+    export_completions([sample(prompt=prompt, completion="lo.")], out, kind, "mine")
+    (row,) = json.loads(out.read_text()) if kind == "alpaca-eval" else [json.loads(out.read_text())]
+    answer = [prompt[0], {"role": "assistant", "content": {"answer": "Hello."}}]
+    assert row[shown] == ("Hello." if kind == "alpaca-eval" else answer)
+    called = [prompt[0], {"role": "assistant", "tool_calls": []}, {"role": "tool", "content": "x"}]
+    bare = sample(prompt=called)
+    del bare["instruction"]
+    export_completions([bare], out, kind, "mine")

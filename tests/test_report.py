@@ -113,6 +113,19 @@ def test_page_loads_nothing_and_takes_no_markup_from_data(tmp_path):
     assert shown == HOSTILE + TOKENIZER.eos_token
 
 
+def test_a_prompt_with_tool_calls_is_shown(tmp_path):
+    pairs = random_pairs(1, vocab_size=250, columns=("ce_scores",))
+    calls = [{"function": {"name": "weather"}}]
+    pairs[0]["prompt"] = [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "assistant", "content": "Wait.", "tool_calls": calls},
+    ]
+    _, _, data = page_data(inspect_pairs(pairs, TOKENIZER, tmp_path / "page.html"))
+    called = '{"tool_calls": [{"function": {"name": "weather"}}]}'
+    assert data["pairs"][0]["prompt"] == [["user", "Rain?"], ["assistant", called], ["assistant", f"Wait.\n{called}"]]
+
+
 def test_page_has_the_ids_texts_and_numbers(tmp_path):
     pairs = random_pairs(6, vocab_size=390, columns=("ce_scores", "ref_logps"))
     pairs[0]["rejected_ce_scores"][-1] = 1.23456789e-7

@@ -275,7 +275,7 @@ def test_contexts_kept_to_look_at(tmp_path, tokenizer):
 
 
 def test_conversations_and_evaluation(tmp_path):
-    """Chat data; evaluation is on ground truth, whatever epsilon."""
+    """Chat data; evaluation is on ground truth, whatever epsilon. TRL's ids, since it trains on what follows the end token."""
     tokenizer = byte_level_tokenizer(chat=True)
     rows = [
         {"prompt": [{"role": "user", "content": f"What is {i}?"}], "completion": [{"role": "assistant", "content": f"It is {i}."}]}
@@ -285,7 +285,8 @@ def test_conversations_and_evaluation(tmp_path):
     for kind in KINDS:
         options = {"max_length": None, "max_steps": 2, "learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 1}
         data = Dataset.from_list(rows)
-        trainer = make(kind, tmp_path / kind, tokenizer, data=data, held_out=data, **options)
+        ids = {} if kind == "sft" else {"trl_completions": True}
+        trainer = make(kind, tmp_path / kind, tokenizer, data=data, held_out=data, **options | ids)
         trainer.train()
         found[kind] = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert found["bash"] == found["rac"] == pytest.approx(found["sft"], rel=1e-6) and len(found["sft"]) == 2

@@ -8,6 +8,7 @@ from conftest import byte_level_tokenizer, llama_tokenizer
 
 from align.errors import MissingColumnError, RecordError
 from align.tokens import (
+    CompletionRule,
     encode_completion,
     encode_pair,
     encode_prompt,
@@ -76,7 +77,7 @@ def test_chat_template():
     prompt_ids = encode_prompt(tokenizer, prompt)
     ids = encode_completion(tokenizer, prompt, [{"role": "assistant", "content": "19 apples"}], prompt_ids)
     assert decode(tokenizer, prompt_ids) == "<|start|>user\nHow many apples?<|end|>\n<|start|>assistant\n"
-    assert decode(tokenizer, ids) == "19 apples<|end|>\n"
+    assert decode(tokenizer, ids) == "19 apples<|end|>"
     assert encode_completion(tokenizer, prompt, "19 apples", prompt_ids) == ids
 
 
@@ -102,8 +103,11 @@ def test_same_ids_as_trl_where_nothing_merges():
         peft_config=LoraConfig(),
     )
     for theirs, row in zip(trainer.train_dataset, rows, strict=True):
-        ours = encode_pair(tokenizer, row, "row")
+        ours = encode_pair(tokenizer, row, "row", CompletionRule.of(tokenizer, trl=True))
         assert ours == {key: theirs[key] for key in ours}
+        # Ours are TRL's up to the end token, which TRL has a line break behind.
+        ended = encode_pair(tokenizer, row, "row")
+        assert [*ended["chosen_ids"], *tokenizer("\n")["input_ids"]] == theirs["chosen_ids"]
 
 
 def test_templates_that_change_the_prompt_are_refused():
@@ -149,7 +153,7 @@ def test_real_chat_model():
     ids = encode_pair(tokenizer, row, "row")
     for side in ("chosen", "rejected"):
         seen = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": row[side]}], tokenize=False)
-        assert decode(tokenizer, ids["prompt_ids"] + ids[f"{side}_ids"]) == seen
+        assert decode(tokenizer, ids["prompt_ids"] + ids[f"{side}_ids"]) == seen.rstrip("\n")
         assert tokenizer.eos_token_id in ids[f"{side}_ids"]
     generation = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     assert decode(tokenizer, ids["prompt_ids"]) == generation

@@ -13,7 +13,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from ..errors import MissingColumnError, RecordError
 from ..records import PROBABILITIES, TOKEN_COLUMNS, check_token_columns, row_name
-from ..tokens import check_pair_ids, encode_pair
+from ..tokens import CompletionRule, check_pair_ids, encode_pair
 from .row_data import lengths_of, numbers_of, tables_of
 
 logger = get_logger(__name__)
@@ -44,6 +44,7 @@ def prepare_preference_dataset(
     vocabulary: int,
     columns: Sequence[str],
     required: Sequence[str],
+    rule: CompletionRule,
 ) -> tuple[Dataset | IterableDataset, dict[str, int]]:
     """Tokenizes text rows, checks all rows, and drops those whose prompt leaves no room for a completion.
 
@@ -54,6 +55,7 @@ def prepare_preference_dataset(
         vocabulary: ids lie below it: what tokenizer and model both know.
         columns: token-level columns, without their side, that the trainer reads.
         required: prefixed columns that must be there.
+        rule: what completions of text and messages end with.
 
     Returns:
         The data set with ids and the columns that are read, and counts: `rows`, `prompt_fills_max_length` (dropped),
@@ -66,6 +68,8 @@ def prepare_preference_dataset(
     stream = isinstance(dataset, IterableDataset)
     token_level = [f"{side}_{column}" for side in SIDES for column in TOKEN_COLUMNS if f"{side}_{column}" in names]
     has_ids = "chosen_ids" in names or "rejected_ids" in names
+    if has_ids:
+        rule.check_unused(f"{name} data set")
     _check_columns(name, names, token_level, has_ids, required)
 
     def check(row: dict[str, Any], index: int) -> None:
@@ -84,7 +88,7 @@ def prepare_preference_dataset(
         check_token_columns(row, f"{name} data set, {row_name(row, index)}", columns)
 
     def prepare(row: dict[str, Any], index: int) -> dict[str, Any]:
-        ids = {} if has_ids else encode_pair(tokenizer, row, f"{name} data set, {row_name(row, index)}")
+        ids = {} if has_ids else encode_pair(tokenizer, row, f"{name} data set, {row_name(row, index)}", rule)
         check({**row, **ids}, index)
         return ids
 

@@ -19,7 +19,7 @@ from ..losses import weighted_logps
 from ..models import keep_trainable, load_tokenizer, vocab_size
 from ..processes import check_group
 from ..safety import no_pickles
-from ..tokens import label_values, pad_rows, shift_to_labels, truncate
+from ..tokens import CompletionRule, label_values, pad_rows, shift_to_labels, truncate
 from .longest import LongestBatch, longest_pairs
 from .preference_data import SIDES, has_reference, prepare_preference_dataset
 from .prefix_sharing import PaddedRows, PrefixSharing, layout_of
@@ -34,7 +34,7 @@ from .weight_check import ConstantWeights
 
 @dataclass
 class TokenDPOConfig(DPOConfig):
-    """[`~trl.DPOConfig`] with five new fields. `use_weighting` and the loss type `aot` are refused: they are no functions
+    """[`~trl.DPOConfig`] with six new fields. `use_weighting` and the loss type `aot` are refused: they are no functions
     of the sequence log-ratios that the weights change.
 
     Args:
@@ -55,6 +55,11 @@ class TokenDPOConfig(DPOConfig):
         preflight (`bool`, defaults to `True`):
             Whether the longest batch has a forward and backward pass before the first step, so that what does not fit into
             memory is known at once; see [`~align.trainers.preflight.Preflight`].
+        trl_completions (`bool`, defaults to `False`):
+            Makes completions of text and messages as TRL does: all that the chat template writes after the prompt, turns of
+            others included, without an end token where it writes none and with what it writes after one. By default a
+            completion is what is sampled: the model's own turn, up to and including its end token; see
+            [`~align.tokens.CompletionRule`].
     """
 
     check_reference: bool = field(
@@ -77,6 +82,10 @@ class TokenDPOConfig(DPOConfig):
     )
 
     preflight: bool = field(default=True, metadata={"help": "Take the longest batch once before the first step."})
+
+    trl_completions: bool = field(
+        default=False, metadata={"help": "Make completions of text and messages as TRL does, end tokens included."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -217,6 +226,9 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
             self.check_budget_settings(args, _config_of(model, args))
         #: Rows, dropped and truncated rows of every data set, by its name.
         self.data_report: dict[str, dict[str, int]] = {}
+        self._rule = CompletionRule.of(
+            processing_class, getattr(model, "generation_config", model), args.trl_completions
+        )
         self._vocabulary = min(len(processing_class), _vocab_size(model, args))
         stored = has_reference(train_dataset)
         if stored and ref_model is not None:
@@ -289,6 +301,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
             self._vocabulary,
             (*self.token_columns, "ref_logps"),
             self.required_columns(args),
+            self._rule,
         )
         return dataset
 
