@@ -207,9 +207,9 @@ def _text_completion_ids(tokenizer, prompt: str, completion: str, prompt_ids: li
 
 
 def _apart(tokenizer, prompt_ids: list[int], prompt: str, completion: str, together: list[int], name: str) -> list[int]:
-    """Ids that follow `prompt_ids`, so that all of them decode to what `together`, the ids of the whole text, decode to.
+    """Tokenize a completion so that `prompt_ids` and its ids decode to what `together`, the ids of the whole text, decode to.
 
-    They are the rest of `together` where that begins with `prompt_ids`. Where tokens merge across the boundary, the
+    The ids are the rest of `together` where that begins with `prompt_ids`. Where tokens merge across the boundary, the
     completion is tokenized on its own.
     """
     text = _decode(tokenizer, together)
@@ -373,7 +373,7 @@ def _conversation(
 
 
 def _going_on(before: str, content: str, places: Iterable[int]) -> str:
-    """An answer behind the prompt; from one of these places on, it may repeat the prompt's end."""
+    """Append an answer to its prompt. Where the answer repeats the prompt's end, from one of `places` on, that stands once."""
     for place in places:
         if content.lstrip().startswith(before[place:].rstrip()):
             return before[:place] + content.lstrip()
@@ -381,7 +381,7 @@ def _going_on(before: str, content: str, places: Iterable[int]) -> str:
 
 
 def _open_tag(text: str) -> tuple[str, str]:
-    """The last tag that `text` opens and does not close, and what closes it; empty where there is none."""
+    """Find the last tag that `text` opens and does not close, and what closes it; both are empty where there is none."""
     for tag in reversed(re.findall(r"<\w+>|\[\w+\]", text)):
         closing = f"{tag[0]}/{tag[1:]}"
         if text.count(tag) > text.count(closing):
@@ -390,7 +390,7 @@ def _open_tag(text: str) -> tuple[str, str]:
 
 
 def _after_answers(tokenizer, earlier: list[dict], name: str, template: Mapping[str, Any]) -> str:
-    """What the chat template writes after an answer."""
+    """Find what the chat template writes after an answer."""
     marked = _render(tokenizer, [*earlier, {"role": "assistant", "content": _MARK}], name, template)
     _, found, after = marked.rpartition(_MARK)
     if not found:
@@ -399,14 +399,15 @@ def _after_answers(tokenizer, earlier: list[dict], name: str, template: Mapping[
 
 
 def _with_prompt(prompt: list[dict], completion: list[dict], before: str, whole: str, name: str) -> str:
+    """Append to the prompt, as the model sees it, what the whole conversation has after the last message of the prompt."""
     texts = [text.strip() for message in completion for text in _texts(message)]
     last = next(iter(reversed(_texts(prompt[-1]))), "").strip()
     place = before.rfind(last) if last else -1
-    shared = before[place:]  # from the last message's text on, both agree
+    shared = before[place:]  # both texts agree from the last message on
     start = whole.rfind(shared, 0, whole.rfind(texts[0]) if texts else None) if place >= 0 else -1
     answer = whole[start + len(shared) :]
     all_there = start >= 0 and all(_squeezed(text) in _squeezed(answer) for text in texts)
-    # Without a generation prompt, the opening of the answer's turn would be the model's to write.
+    # Without a generation prompt, the model would have to write the opening of its turn.
     opened = shared != last or not (texts and answer.partition(texts[0])[0].strip())
     if not (all_there and opened):
         raise RecordError(
