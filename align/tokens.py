@@ -11,11 +11,11 @@ belongs to token i + 1; completion token j is found at label position P - 1 + j.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import MissingColumnError, RecordError
+from .prompts import check_template, template_arguments, without_nulls
 from .records import check_ids, check_prompt, row_name
 
 if TYPE_CHECKING:
@@ -47,7 +47,11 @@ def encode_prompt(
         if ids and not prompt.endswith(tokenizer.eos_token or "\0") and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]  # some tokenizers close every text with EOS; a prompt goes on
     else:
-        ids = _chat_ids(tokenizer, prompt, name, add_generation_prompt=True, **(template or {}))
+        ids = _chat_ids(tokenizer, without_nulls(prompt), name, add_generation_prompt=True, **(template or {}))
+        if template:
+            check_template(
+                tokenizer.get_chat_template(template.get("chat_template"), template.get("tools")), template, name
+            )
     if not ids:
         raise RecordError(f"{name}: the prompt {prompt!r} gives no tokens, so nothing predicts the first one; add text")
     return ids
@@ -106,7 +110,7 @@ def encode_completion(
         completion = [{"role": "assistant", "content": completion}]
     if isinstance(prompt, str):
         raise RecordError(f"{name} is chat messages, but its prompt is text; give both as text or both as messages")
-    template = template or {}
+    template, prompt, completion = template or {}, without_nulls(prompt), without_nulls(completion)
     ids = _chat_ids(tokenizer, [*prompt, *completion], name, **template)
     if ids[: len(prompt_ids)] == prompt_ids and len(ids) > len(prompt_ids):
         return ids[len(prompt_ids) :]
@@ -185,21 +189,18 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], name
             if isinstance(row[side], str):
                 raise RecordError(f"{name}: chosen is messages, {side} is text; give both alike")
         row = extract_prompt(dict(row))
-    tools = row.get("tools")
-    more = row.get("chat_template_kwargs") or {}
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        template = {"tools": tools, **more}
-    except (ValueError, TypeError, RecursionError):
-        raise RecordError(
-            f"{name}: tools {str(tools)[:80]!r} must be a list, or JSON of one, and chat_template_kwargs {str(more)[:80]!r} an object"
-        ) from None
+    template = template_arguments(row, name)
     prompt_ids = encode_prompt(tokenizer, row["prompt"], f"{name}: prompt", template)
     ids = {"prompt_ids": prompt_ids}
     for side in ("chosen", "rejected"):
         where = f"{name}: {side}"
         ids[f"{side}_ids"] = encode_completion(tokenizer, row["prompt"], row[side], prompt_ids, where, template)
     return ids
+
+
+def encode_problem(tokenizer: PreTrainedTokenizerBase, problem: Mapping[str, Any], name: str) -> list[int]:
+    """Ids of a problem's prompt; its `tools` and `chat_template_kwargs` reach the chat template, see `encode_prompt`."""
+    return encode_prompt(tokenizer, problem["prompt"], name, template_arguments(problem, name))
 
 
 def check_pair_ids(row: Mapping[str, Any], index: int, vocab_size: int) -> None:

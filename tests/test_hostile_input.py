@@ -120,7 +120,7 @@ def test_numbers_beyond_floats_and_ids_beyond_integers():
         ({"prompt": "half \ud800"}, "no Unicode text"),
         ({"chosen": [{"role": "assistant", "content": 5}], "prompt": [{"role": "user", "content": "x"}]}, "chat template"),
         ({"chosen": 5}, "chosen.*5 must be text"),
-        ({"tools": "[", "prompt": "x"}, "tools '\\['"),
+        ({"tools": "[", "prompt": "x"}, "tools = '\\[' must be a list"),
     ],
 )  # fmt: skip
 def test_rows_that_no_template_renders(change, words):
