@@ -167,7 +167,10 @@ def _template_columns(row: Mapping[str, Any], name: str, option: Mapping[str, An
     tools = _json(row, "tools", list, name)
     if tools and "tools" in arguments:
         raise RecordError(f"{name}: tools stands in chat_template_kwargs, too; keep one of them")
-    return {key: value for key, value in (("tools", tools), ("chat_template_kwargs", arguments)) if value}
+    # JSON text stays text in records: its nulls were meant, and would be taken for gaps.
+    return ({"tools": row["tools"] if isinstance(row["tools"], str) else tools} if tools else {}) | (
+        {"chat_template_kwargs": arguments} if arguments else {}
+    )
 
 
 def template_arguments(row: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -182,7 +185,8 @@ def template_arguments(row: Mapping[str, Any], name: str) -> dict[str, Any]:
         raise RecordError(
             f"{name}: {' and '.join(found)} need a chat template, and the prompt is text; give messages, or remove the column"
         )
-    return {**({"tools": found["tools"]} if "tools" in found else {}), **found.get("chat_template_kwargs", {})}
+    tools = {"tools": _json(row, "tools", list, name)} if "tools" in found else {}
+    return {**tools, **found.get("chat_template_kwargs", {})}
 
 
 def _json(row: Mapping[str, Any], column: str, kind: type, name: str) -> Any:

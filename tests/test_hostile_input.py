@@ -94,9 +94,7 @@ def test_parquet_keeps_columns_that_the_first_row_lacks_and_refuses_mixed_types(
     write_records(tmp_path / "a.parquet", [{"id": "a"}, {"id": "b", "tools": "x"}])
     assert read_records(tmp_path / "a.parquet") == [{"id": "a", "tools": None}, {"id": "b", "tools": "x"}]
     with pytest.raises(RecordError, match="column 'prompt' cannot be written as Parquet"):
-        write_records(tmp_path / "b.parquet", [{"prompt": "text"}, {"prompt": [{"role": "user"}]}])
-    with pytest.raises(RecordError, match="use .jsonl"):
-        write_records(tmp_path / "b.parquet", [{"x": {}}])
+        write_records(tmp_path / "b.parquet", [{"prompt": "text"}, {"prompt": 7}])
     assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]
 
 
