@@ -236,7 +236,7 @@ def check_used(row: Mapping[str, Any], prompt: Any, name: str) -> None:
     Raises:
         RecordError: names the column, its value and the remedy.
     """
-    text = "\n".join(_leaves(prompt))
+    text = "\n".join(leaf for leaf in _leaves(prompt) if isinstance(leaf, str))
     for column in READ_COLUMNS:
         leaves = list(_leaves(row.get(column)))
         if all(isinstance(leaf, str) and leaf.strip() in text for leaf in leaves):

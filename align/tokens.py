@@ -241,6 +241,15 @@ def truncate(row: Sequence, max_length: int | None, truncation_mode: str = "keep
     return row[:max_length] if truncation_mode == "keep_start" else row[-max_length:]
 
 
+def truncate_completion(
+    prompt_length: int, completion_ids: Sequence, max_length: int | None, truncation_mode: str = "keep_start"
+) -> Sequence:
+    """The part of a completion that TRL's collator keeps behind a prompt of some length, see `truncate`."""
+    if max_length is not None and truncation_mode == "keep_start":
+        max_length = max(0, max_length - prompt_length)
+    return truncate(completion_ids, max_length, truncation_mode)
+
+
 def shift_to_labels(rows: torch.Tensor) -> torch.Tensor:
     """(B, L) values beside input ids -> (B, L-1) values beside the shifted labels, where TRL's log-probabilities lie."""
     return rows[:, 1:]

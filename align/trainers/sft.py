@@ -5,16 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset
+from accelerate.logging import get_logger
+from datasets import Dataset, Features, IterableDataset, Json, List
 from trl import SFTConfig, SFTTrainer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RecordError
 from ..processes import check_group
+from ..prompts import READ_COLUMNS, check_used, without_nulls
+from ..records import row_name
 from ..safety import no_pickles
 from .longest import LongestBatch, collate, longest_rows, row_id
+from .preference_data import column_names
 from .preflight import Preflight
 from .sharding import check_sharding
 from .trackers import check_trackers
+
+logger = get_logger(__name__)
+
+#: Columns of which TRL renders prompts and answers.
+_RENDERED = ("messages", "conversations", "prompt", "completion", "tools", "chat_template_kwargs")
+
+#: Those that hold a prompt.
+_PROMPTS = ("messages", "conversations", "prompt")
 
 
 @dataclass
@@ -46,9 +58,23 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
                 f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(args).__name__}"
             )
         check_group(args.world_size)
+        #: Rows of every data set, and those that are dropped since truncation leaves them nothing to train on, by its name.
+        self.data_report: dict[str, dict[str, int]] = {}
         with no_pickles(model):
             super().__init__(model, args, *others, **kwargs)
         check_sharding(self)
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        names = column_names(dataset)
+        if not names:
+            raise RecordError(f"{dataset_name} data set: there are no rows in it; give some")
+        if "input_ids" not in names and formatting_func is None:
+            dataset = _as_given(dataset, names, dataset_name, args.dataset_text_field)
+        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        self.data_report[dataset_name] = (
+            {} if packing else _count_dropped(dataset, prepared, dataset_name, args.max_length)
+        )
+        return prepared
 
     def _why_no_preflight(self) -> str | None:
         if isinstance(self.train_dataset, Dataset) and "input_ids" not in self.train_dataset.column_names:
@@ -63,3 +89,65 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
             for row, place in zip(rows, longest, strict=True)
         ]
         return [LongestBatch(inputs, found)]
+
+
+def _as_given(dataset: Dataset | IterableDataset, names: list[str], name: str, text: str) -> Dataset | IterableDataset:
+    """Rows without the nulls that Arrow puts into messages and tools; see `align.prompts`. TRL renders them.
+
+    Args:
+        names: of the columns.
+        name: of the data set.
+        text: the column of plain text.
+
+    Raises:
+        RecordError: a column that a model should read is not in its text.
+    """
+    rendered = [column for column in _RENDERED if column in names]
+    nested = [column for column in rendered if dataset.features is None or _may_have_gaps(dataset.features[column])]
+    if not nested and not set(names) & set(READ_COLUMNS):
+        return dataset
+
+    def plain(row: dict[str, Any], index: int) -> dict[str, Any]:
+        texts = [row.get(column) for column in (*_PROMPTS, text)]
+        check_used(row, texts, f"{name} data set, {row_name(row, index)}")
+        found = {column: without_nulls(row[column]) for column in nested}
+        return found | ({"chat_template_kwargs": {}} if found.get("chat_template_kwargs", 0) is None else {})
+
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(plain, with_indices=True)
+    # As JSON, or Arrow would put the nulls back.
+    features = Features({**dataset.features, **{column: _json_feature(dataset.features[column]) for column in nested}})
+    return dataset.map(plain, with_indices=True, features=features, desc=f"Reading {name} dataset")
+
+
+def _may_have_gaps(feature: Any) -> bool:
+    """Whether a column's values have keys that Arrow, or a user, may have filled with null."""
+    inner = feature.feature if isinstance(feature, List) else feature
+    return isinstance(inner, Json) or (
+        isinstance(inner, dict) and not set(inner) <= {"role", "content", "from", "value"}
+    )
+
+
+def _json_feature(feature: Any) -> Any:
+    return List(Json()) if isinstance(feature, List) else Json()
+
+
+def _count_dropped(dataset: Any, prepared: Any, name: str, max_length: int | None) -> dict[str, int]:
+    """Rows, and those that TRL drops since truncation leaves them no label; a stream's are not counted.
+
+    Raises:
+        RecordError: no row is left.
+    """
+    if next(iter(prepared), None) is None:
+        raise RecordError(
+            f"{name} data set: truncation to max_length = {max_length} leaves no token to train on in any row; raise max_length"
+        )
+    if isinstance(dataset, IterableDataset):
+        return {}
+    dropped = len(dataset) - len(prepared)
+    if dropped:
+        logger.warning(
+            f"{name} data set: {dropped} of {len(dataset)} rows dropped: truncation to max_length = {max_length} leaves them no "
+            "token to train on"
+        )
+    return {"rows": len(dataset), "nothing_to_train_on": dropped}
