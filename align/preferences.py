@@ -146,14 +146,19 @@ def _without_prompt(row: Record, pair: Record, name: str) -> Record:
     if not isinstance(pair["rejected"], list) or not pair["rejected"]:
         raise RecordError(f"{name}: chosen begins with the prompt's messages, rejected does not; give both alike")
     pair = extract_prompt(pair)
-    prompt = without_nulls(row.get("prompt")) or []
-    given = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    if any(message not in pair["prompt"] for message in given):
+    given = row.get("prompt") or ""
+    texts = [given] if isinstance(given, str) else [message.get("content") for message in given]
+    there = [message.get("content") for message in pair["prompt"]]
+    if any(not any(_is_within(text, content) for content in there) for text in texts):
         raise RecordError(
-            f"{name}: prompt = {str(prompt)[:80]!r} must be among the messages that chosen and rejected begin with; "
+            f"{name}: prompt = {str(given)[:80]!r} must be among the messages that chosen and rejected begin with; "
             "remove the column, or begin both with it"
         )
     return pair
+
+
+def _is_within(text: Any, content: Any) -> bool:
+    return text == content or (isinstance(text, str) and isinstance(content, str) and text.strip() in content)
 
 
 def _reason_to_drop(pair: Mapping[str, Any]) -> str | None:

@@ -278,3 +278,122 @@ def test_every_error_of_a_row_names_it(tmp_path):
     source = put(tmp_path / "in.jsonl", [{"id": "q1", "prompt": "2+2?", "system": "Be."}])
     with pytest.raises(AlignError, match=r"in.jsonl, row 0 \(id 'q1'\)"):
         load_problems(source, answers=False)
+
+
+#: What a command needs besides its input and output.
+COMMANDS = {
+    "sample": ("--max-new-tokens", "2", "--dtype", "float32"),
+    "tokenize": (),
+    "mix bash": ("--dtype", "float32"),
+    "mix rac": ("--dtype", "float32", "--max-new-tokens", "2"),
+    "trace": ("--max-new-tokens", "2", "--n", "1", "--dtype", "float32", "--kept", "kept.jsonl"),
+}
+
+
+@pytest.fixture
+def qwen3_dir(tmp_path, qwen3):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    qwen3.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def run(monkeypatch, *words: str) -> int:
+    """Exit code of `align …`."""
+    from align import cli
+
+    monkeypatch.setattr("sys.argv", ["align", *map(str, words)])
+    try:
+        cli.main()
+    except SystemExit as exit_:
+        return exit_.code or 0
+    return 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_reach_the_prompt_of_every_command(tmp_path, monkeypatch, capsys, qwen3, qwen3_dir, command):
+    monkeypatch.chdir(tmp_path)
+    row = {"id": "a", "prompt": QUESTION, "answer": "4", "solution": "4", "chosen": "4", "rejected": "5"}
+    put(tmp_path / "in.jsonl", [row])
+    models = ("--teacher", qwen3_dir, "--student", qwen3_dir) if command == "trace" else ("--model", qwen3_dir)
+
+    def call(out, *options):
+        return run(monkeypatch, *command.split(), "in.jsonl", out, *models, *COMMANDS[command], *options)
+
+    options = ("--system-prompt", "Think.", "--chat-template-kwargs", '{"enable_thinking": false}')
+    assert call("out.jsonl", *options) == 0, capsys.readouterr().err
+    (found,) = read_records(tmp_path / "out.jsonl")
+    wanted = rendered(qwen3, [{"role": "system", "content": "Think."}, *QUESTION], **OFF)
+    assert found.get("prompt_ids", found.get("source_ids", []))[: len(wanted)] == wanted
+    for text, words in (
+        ("[1]", "must be JSON of an object"),
+        ("{", "must be JSON of an object"),
+        ('{"x": 1}', "does not read x"),
+    ):
+        assert call("other.jsonl", "--chat-template-kwargs", text) == 2
+        assert words in capsys.readouterr().err
+    assert call("other.jsonl", "--subset", "main") == 2
+    assert "subset = 'main' belongs to a hub data set" in capsys.readouterr().err
+    if command != "tokenize":
+        assert call("other.jsonl", "--prompt-template", "Q: {prompt}") == 2
+        assert "prompt_template needs text, and the prompt is messages" in capsys.readouterr().err
+    assert not (tmp_path / "other.jsonl").exists()
+
+
+def test_changed_arguments_of_the_template_are_other_output(tmp_path, monkeypatch, qwen3_dir):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "in.jsonl", [{"id": "a", "prompt": QUESTION, "answer": "4", "chosen": "4", "rejected": "5"}])
+    for command in ("sample", "tokenize"):
+        lengths = []
+        for options in ((), ("--chat-template-kwargs", '{"enable_thinking": false}'), ()):
+            words = (command, "in.jsonl", f"{command}.jsonl", "--model", qwen3_dir, *COMMANDS[command], *options)
+            assert run(monkeypatch, *words) == 0
+            lengths.append(len(read_records(tmp_path / f"{command}.jsonl")[0]["prompt_ids"]))
+        assert lengths[0] == lengths[2] < lengths[1]
+
+
+def test_options_that_phrase_prompts_do_nothing_to_ids(tmp_path, monkeypatch, capsys, qwen3_dir):
+    monkeypatch.chdir(tmp_path)
+    row = {"id": "a", "prompt": "x", "completion": "y", "prompt_ids": [5], "completion_ids": [6, 2]}
+    put(tmp_path / "in.jsonl", [row])
+    words = ("mix", "bash", "in.jsonl", "out.jsonl", "--model", qwen3_dir, "--dtype", "float32")
+    for options in (
+        ("--chat",),
+        ("--system-prompt", "x"),
+        ("--prompt-template", "{prompt}"),
+        ("--chat-template-kwargs", '{"x": 1}'),
+    ):
+        assert run(monkeypatch, *words, *options) == 2
+        assert "changes nothing, since its rows have ids" in capsys.readouterr().err
+    assert run(monkeypatch, *words) == 0
+
+
+def test_an_export_has_no_corrections(tmp_path, monkeypatch, capsys):
+    words = (
+        "evaluate",
+        "in.jsonl",
+        "--export",
+        "alpaca-eval",
+        "--out",
+        "o.json",
+        "--name",
+        "x",
+        "--corrections",
+        "Wait",
+    )
+    assert run(monkeypatch, *words) == 2
+    assert "--corrections belong to the table of verdicts" in capsys.readouterr().err
+
+
+def test_a_chain_reads_its_test_problems_before_it_works(tmp_path, model_dir):
+    from align.config import ChainConfig
+    from align.pipeline import Chain
+
+    train = put(tmp_path / "train.jsonl", [{"prompt": "2+2?", "answer": "4", "solution": "4"}])
+    test = put(tmp_path / "test.jsonl", [{"prompt": "2+2?", "answer": "4", "system": "Be terse."}])
+    config = ChainConfig(
+        model={"path": model_dir}, train={"source": train}, test={"source": test}, demonstrations="solutions",
+        methods={"sft": {"args": {"max_steps": 1}}},
+    )  # fmt: skip
+    with pytest.raises(RecordError, match="test.jsonl, row 0: system = 'Be terse.' must be in the prompt"):
+        Chain(config, tmp_path / "run").run()
+    assert not list((tmp_path / "run").rglob("*.jsonl"))
