@@ -299,7 +299,7 @@ def _table(rows: Sequence[Record], path: Path, as_json: set[str]) -> Any:
 
 def _has_objects(value: Any) -> bool:
     while isinstance(value, (list, tuple)) and value:
-        value = value[0]
+        value = next((part for part in value if part is not None), None)
     return isinstance(value, Mapping)
 
 

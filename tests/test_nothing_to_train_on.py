@@ -10,7 +10,7 @@ from peft import LoraConfig
 from test_prompts import QUESTION, UNEQUAL, qwen3  # noqa: F401
 
 from align import train_preference, train_sft
-from align.errors import RecordError
+from align.errors import MissingColumnError, RecordError
 from align.mix_stage import mix_rac
 from align.preferences import tokenize_pairs
 from align.rac import CorrectionSettings
@@ -224,6 +224,8 @@ def test_trainers_ignore_no_column_that_a_model_should_read(tmp_path, tokenizer)
     with pytest.raises(RecordError, match="train data set, row 0: system = 'Be terse.' must be in the prompt"):
         dpo(tmp_path, tokenizer, [row])
     dpo(tmp_path, tokenizer, [row | {"system": ""}, row | {"prompt": "Be terse. 2+2?"}])
+    with pytest.raises(MissingColumnError, match="column weights has no side"):
+        dpo(tmp_path, tokenizer, [pair([7], [8], weights=[1.0])])
     demonstration = {"prompt": "2+2?", "completion": " 4", "system": "Be terse."}
     with pytest.raises(RecordError, match="train data set, row 0: system = 'Be terse.' must be in the prompt"):
         sft(tmp_path, tokenizer, [demonstration])

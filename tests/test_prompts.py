@@ -397,3 +397,46 @@ def test_a_chain_reads_its_test_problems_before_it_works(tmp_path, model_dir):
     with pytest.raises(RecordError, match="test.jsonl, row 0: system = 'Be terse.' must be in the prompt"):
         Chain(config, tmp_path / "run").run()
     assert not list((tmp_path / "run").rglob("*.jsonl"))
+
+
+ALPACA = {"instruction": "Translate to French.", "input": "The cat sleeps.", "output": "Le chat dort."}
+ALPACA_PAIR = {"system": "You are terse.", **ALPACA, "chosen": "Le chat dort.", "rejected": "Il pleut."}
+
+
+def test_alpaca_rows_by_the_command_line(tmp_path, monkeypatch, capsys, qwen3, qwen3_dir):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "alpaca.jsonl", [ALPACA])
+    put(tmp_path / "pairs.jsonl", [ALPACA_PAIR])
+    user = {"role": "user", "content": "Translate to French.\nThe cat sleeps."}
+    words = ("sample", "alpaca.jsonl", "out.jsonl", "--model", qwen3_dir, *COMMANDS["sample"], "--no-answers", "--chat")
+    assert run(monkeypatch, *words) == 0
+    (sample,) = read_records(tmp_path / "out.jsonl")
+    assert sample["prompt"] == [user] and sample["instruction"] == user["content"]
+    assert run(monkeypatch, "tokenize", "pairs.jsonl", "ids.jsonl", "--model", qwen3_dir, "--chat") == 0
+    (pair,) = read_records(tmp_path / "ids.jsonl")
+    assert pair["prompt_ids"] == rendered(qwen3, [{"role": "system", "content": "You are terse."}, user])
+    capsys.readouterr()
+    assert run(monkeypatch, "tokenize", "pairs.jsonl", "text.jsonl", "--model", qwen3_dir) == 2
+    assert "row 0: system = 'You are terse.' must be in the prompt; set chat" in capsys.readouterr().err
+
+
+def test_samples_of_a_parquet_file_with_gaps(tmp_path, qwen3):
+    rows = [
+        {k: v for k, v in row.items() if k not in ("chosen", "rejected")} | {"id": str(i), "answer": "4"}
+        for i, row in enumerate(UNEQUAL)
+    ]
+    put(tmp_path / "rows.jsonl", rows)
+    Dataset.from_list(rows).to_parquet(tmp_path / "union.parquet")
+    found = []
+    for name in ("rows.jsonl", "union.parquet"):
+        problems = load_problems(str(tmp_path / name))
+        sample_completions(
+            tiny_llama(), qwen3, problems, tmp_path / f"{name}-out.jsonl", SampleConfig(max_new_tokens=1)
+        )
+        found.append([row["prompt_ids"] for row in read_records(tmp_path / f"{name}-out.jsonl")])
+    assert found[0] == found[1]
+    # Rows of a Dataset, handed over as they are.
+    sample_completions(
+        tiny_llama(), qwen3, list(Dataset.from_list(rows)), tmp_path / "direct.jsonl", SampleConfig(max_new_tokens=1)
+    )
+    assert [row["prompt_ids"] for row in read_records(tmp_path / "direct.jsonl")] == found[0]

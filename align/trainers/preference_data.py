@@ -120,7 +120,7 @@ def prepare_preference_dataset(
         counts = _count(lengths, reasons, args.max_length)
         _report(name, counts, args)
         if any(counts[reason] for reason in DROPPED):
-            dataset = dataset.select(numpy.flatnonzero(reasons == ""))
+            dataset = dataset.select(numpy.flatnonzero(reasons == 0))
     return dataset, counts
 
 
@@ -160,6 +160,11 @@ def _check_columns(name: str, names: list[str], token_level: list[str], has_ids:
             f"{name} data set: {', '.join(missing)} missing; its columns are {', '.join(names)}. "
             "Make them with `align score`, beside the ids they belong to"
         )
+    if sideless := [column for column in TOKEN_COLUMNS if column in names]:
+        raise MissingColumnError(
+            f"{name} data set: column {sideless[0]} has no side, so nothing reads it; name it chosen_{sideless[0]} or "
+            f"rejected_{sideless[0]}, or remove it"
+        )
     if token_level and not has_ids:
         raise MissingColumnError(
             f"{name} data set: {', '.join(token_level)} without ids; text would be tokenized again, and the numbers "
@@ -170,6 +175,9 @@ def _check_columns(name: str, names: list[str], token_level: list[str], has_ids:
             raise MissingColumnError(
                 f"{name} data set: {side}_ref_logps without {other}_ref_logps; give both or neither"
             )
+
+
+_CODES = ("", *DROPPED)
 
 
 def _reason_to_drop(prompt_length: int, chosen: Sequence, rejected: Sequence, args) -> str:
@@ -185,13 +193,14 @@ def _reason_to_drop(prompt_length: int, chosen: Sequence, rejected: Sequence, ar
 
 
 def _reasons(dataset: Dataset, args) -> numpy.ndarray:
-    """`_reason_to_drop` of every row."""
-    found: list[str] = []
+    """Per row the place of its `_reason_to_drop` in `_CODES`: a byte, since there may be millions."""
+    found = bytearray()
     for table in tables_of(dataset, _IDS):
         columns = [numbers_of(table[name]) for name in _IDS]
         prompts, *sides = [numpy.split(ids, lengths.cumsum()[:-1]) for lengths, ids in columns]
-        found += [_reason_to_drop(len(prompt), *pair, args) for prompt, *pair in zip(prompts, *sides, strict=True)]
-    return numpy.array(found, dtype=f"U{max(map(len, DROPPED))}")
+        rows = zip(prompts, *sides, strict=True)
+        found += bytes(_CODES.index(_reason_to_drop(len(prompt), *pair, args)) for prompt, *pair in rows)
+    return numpy.frombuffer(found, dtype=numpy.uint8)
 
 
 def _usable(stream: IterableDataset, name: str, args) -> tuple[IterableDataset, dict[str, int]]:
@@ -218,10 +227,11 @@ def _usable(stream: IterableDataset, name: str, args) -> tuple[IterableDataset, 
 
 
 def _count(lengths: dict[str, numpy.ndarray], reasons: numpy.ndarray, max_length: int | None) -> dict[str, int]:
-    counts = {"rows": len(reasons)} | {reason: int((reasons == reason).sum()) for reason in DROPPED} | {"truncated": 0}
+    found = numpy.bincount(reasons, minlength=len(_CODES)).tolist()
+    counts = {"rows": len(reasons), **dict(zip(DROPPED, found[1:], strict=True)), "truncated": 0}
     if max_length is not None:
         longest = lengths["prompt_ids"] + numpy.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
-        counts["truncated"] = int(((longest > max_length) & (reasons == "")).sum())
+        counts["truncated"] = int(((longest > max_length) & (reasons == 0)).sum())
     return counts
 
 
