@@ -440,3 +440,22 @@ def test_samples_of_a_parquet_file_with_gaps(tmp_path, qwen3):
         tiny_llama(), qwen3, list(Dataset.from_list(rows)), tmp_path / "direct.jsonl", SampleConfig(max_new_tokens=1)
     )
     assert [row["prompt_ids"] for row in read_records(tmp_path / "direct.jsonl")] == found[0]
+
+
+def test_arguments_of_the_template_in_a_configuration(tmp_path, qwen3, qwen3_dir):
+    from align.config import ChainConfig
+    from align.pipeline import Chain
+
+    pairs = put(tmp_path / "pairs.jsonl", [{"prompt": QUESTION, "chosen": "4", "rejected": "5"}])
+    given = {"source": pairs, "chat_template_kwargs": OFF, "system_prompt": "Think."}
+    config = ChainConfig(model={"path": qwen3_dir}, pairs=given, test_pairs=given, methods={"dpo": {"args": {}}})
+    Chain(config, tmp_path / "run").make_pairs()
+    (pair,) = read_records(tmp_path / "run/pairs.jsonl")
+    assert pair["prompt_ids"] == rendered(qwen3, [{"role": "system", "content": "Think."}, *QUESTION], **OFF)
+    solved = put(tmp_path / "solved.jsonl", [{"prompt": QUESTION, "answer": "4", "solution": "4"}])
+    given = {"source": solved, "chat_template_kwargs": OFF}
+    config = ChainConfig(
+        model={"path": qwen3_dir}, train=given, test=given, demonstrations="solutions", methods={"sft": {"args": {}}}
+    )
+    path = Chain(config, tmp_path / "sft")._demonstrations("demonstrations", {})
+    assert read_records(path)[0]["prompt_ids"] == rendered(qwen3, QUESTION, **OFF)
