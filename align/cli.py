@@ -9,13 +9,16 @@ import typer
 from .checks import check_apart
 from .cli_common import (
     Adapter,
+    ChatArguments,
     Dtype,
     Model,
     Quantization,
+    System,
     Trust,
     finished,
     identity,
     is_first,
+    json_object,
     print_counts,
     unescape,
 )
@@ -57,7 +60,8 @@ def sample(
     limit: Annotated[int | None, typer.Option(help="Only the first so many problems.")] = None,
     prompt_template: Annotated[str | None, typer.Option(help="Text with {prompt} in it, \\n a line break.")] = None,
     chat: Annotated[bool, typer.Option(help="Put the prompt through the chat template.")] = False,
-    system_prompt: str | None = None,
+    system_prompt: System = None,
+    chat_template_kwargs: ChatArguments = None,
     answers: Annotated[bool, typer.Option(help="Problems with answers; --no-answers for open-ended prompts.")] = True,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 (unless the engine is a server) or float16.")
@@ -109,6 +113,7 @@ def sample(
         prompt_template=unescape(prompt_template),
         chat=chat,
         system_prompt=unescape(system_prompt),
+        chat_template_kwargs=json_object(chat_template_kwargs, "--chat-template-kwargs"),
         answers=answers,
     )
     depends = {**identity(model, dtype, quantization, adapter=adapter), **drawing.settings()}
@@ -162,7 +167,8 @@ def tokenize(
     subset: str | None = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
     chat: Annotated[bool, typer.Option(help="Put text through the chat template.")] = False,
-    system_prompt: str | None = None,
+    system_prompt: System = None,
+    chat_template_kwargs: ChatArguments = None,
     max_prompt_length: Annotated[
         int | None, typer.Option(help="Leave out (and count) rows with longer prompts.")
     ] = None,
@@ -185,6 +191,7 @@ def tokenize(
         tokenize_pairs(
             source, load_tokenizer(model, trust_remote_code=trust_remote_code), out, split=split, subset=subset,
             limit=limit, chat=chat, system_prompt=unescape(system_prompt), max_prompt_length=max_prompt_length,
+            chat_template_kwargs=json_object(chat_template_kwargs, "--chat-template-kwargs"),
             trl_completions=trl_completions, settings={"model": model_identity(model)},
         )
     )  # fmt: skip
@@ -223,8 +230,8 @@ def evaluate(
     if export is not None:
         if out is None or name is None:
             raise ConfigError("--export needs --out, the file to write, and --name, the model's name")
-        if k or as_json:
-            raise ConfigError("--k and --json belong to the table of verdicts; an export has none")
+        if k or as_json or corrections is not None:
+            raise ConfigError("--k, --json and --corrections belong to the table of verdicts; an export has none")
         print_counts(export_completions(read_records(completions, "sample"), out, export, name))
         return
     if out is not None or name is not None:

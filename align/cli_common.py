@@ -14,6 +14,16 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Quantization = Annotated[str | None, typer.Option(help="4bit (NF4) or 8bit.")]
 Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
 MaxTokens = Annotated[int, typer.Option(help="Token budget of a batch, padding included.")]
+ChatArguments = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs",
+        help="JSON of arguments for the chat template, '{\"enable_thinking\": false}'; those of a row's column win.",
+    ),
+]
+System = Annotated[
+    str | None, typer.Option("--system-prompt", help="System message, \\n a line break; with --chat, or for messages.")
+]
 MaxLength = Annotated[int | None, typer.Option(help="Leave out (and count) pairs longer than so many tokens.")]
 
 
@@ -57,3 +67,19 @@ def load(model: str, adapter: str | None, dtype: str, quantization: str | None, 
 def unescape(text: str | None) -> str | None:
     """A shell leaves `\\n` as two characters, where a line break is meant."""
     return text and text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def json_object(text: str | None, option: str) -> dict | None:
+    """The object that an option's JSON text stands for; a ConfigError where it is something else."""
+    from .errors import ConfigError
+    from .records import parse_json
+
+    if text is None:
+        return None
+    try:
+        value = parse_json(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{option} = {text[:80]!r} must be JSON of an object ({error}); fix it") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f'{option} = {text[:80]!r} must be JSON of an object; write it as {{"name": value}}')
+    return value

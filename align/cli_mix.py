@@ -9,12 +9,15 @@ import typer
 from .checks import check_apart
 from .cli_common import (
     Adapter,
+    ChatArguments,
     Dtype,
     MaxTokens,
     Model,
     Quantization,
+    System,
     Trust,
     identity,
+    json_object,
     load,
     print_counts,
     unescape,
@@ -52,6 +55,8 @@ def bash(
     limit: Limit = None,
     prompt_template: Template = None,
     chat: Chat = False,
+    system_prompt: System = None,
+    chat_template_kwargs: ChatArguments = None,
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
     trust_remote_code: Trust = False,
@@ -68,8 +73,10 @@ def bash(
     config = OwnTokens(generation, passes, temperature, max_tokens_per_batch)
     loaded, tokenizer = load(model, adapter, dtype, quantization, trust_remote_code)
     rows = load_demonstrations(
-        source, tokenizer, split=split, subset=subset, limit=limit, prompt_template=unescape(prompt_template), chat=chat
-    )
+        source, tokenizer, split=split, subset=subset, limit=limit, prompt_template=unescape(prompt_template), chat=chat,
+        system_prompt=unescape(system_prompt),
+        chat_template_kwargs=json_object(chat_template_kwargs, "--chat-template-kwargs"),
+    )  # fmt: skip
     depends = identity(model, dtype, quantization, adapter=adapter)
     print_counts(mix_bash(loaded, tokenizer, rows, out, epsilon=epsilon, config=config, seed=seed, settings=depends))
 
@@ -95,6 +102,8 @@ def rac(
     limit: Limit = None,
     prompt_template: Template = None,
     chat: Chat = False,
+    system_prompt: System = None,
+    chat_template_kwargs: ChatArguments = None,
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
     trust_remote_code: Trust = False,
@@ -114,7 +123,9 @@ def rac(
     )
     loaded, tokenizer = load(model, adapter, dtype, quantization, trust_remote_code)
     rows = load_demonstrations(
-        source, tokenizer, split=split, subset=subset, limit=limit, prompt_template=unescape(prompt_template), chat=chat
-    )
+        source, tokenizer, split=split, subset=subset, limit=limit, prompt_template=unescape(prompt_template), chat=chat,
+        system_prompt=unescape(system_prompt),
+        chat_template_kwargs=json_object(chat_template_kwargs, "--chat-template-kwargs"),
+    )  # fmt: skip
     depends = identity(model, dtype, quantization, adapter=adapter)
     print_counts(mix_rac(loaded, tokenizer, rows, out, config=config, seed=seed, settings=depends))

@@ -9,13 +9,16 @@ import typer
 from .checks import check_apart
 from .cli_common import (
     Adapter,
+    ChatArguments,
     Dtype,
     MaxTokens,
     Model,
     Quantization,
+    System,
     Trust,
     finished,
     identity,
+    json_object,
     load,
     print_counts,
     unescape,
@@ -58,7 +61,8 @@ def trace(
     limit: Annotated[int | None, typer.Option(help="Only the first so many problems.")] = None,
     prompt_template: Annotated[str | None, typer.Option(help="Text with {prompt} in it, \\n a line break.")] = None,
     chat: Annotated[bool, typer.Option(help="Put the prompt through the chat template.")] = False,
-    system_prompt: str | None = None,
+    system_prompt: System = None,
+    chat_template_kwargs: ChatArguments = None,
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
     trust_remote_code: Trust = False,
@@ -87,6 +91,7 @@ def trace(
     rows = load_problems(
         problems, split=split, subset=subset, limit=limit, prompt_template=unescape(prompt_template), chat=chat,
         system_prompt=unescape(system_prompt),
+        chat_template_kwargs=json_object(chat_template_kwargs, "--chat-template-kwargs"),
     )  # fmt: skip
     depends = identity(
         student, dtype, quantization, student_adapter=student_adapter, teacher=teacher, teacher_adapter=teacher_adapter

@@ -76,8 +76,8 @@ class ChainConfig:
 
     Args:
         model: arguments of `align.load_model`.
-        train, test: arguments of `align.load_problems`. With `answers: false` the test problems are open-ended prompts, and
-            completions are exported in place of being verified.
+        train, test: arguments of `align.load_problems`, `chat_template_kwargs` among them. With `answers: false` the test
+            problems are open-ended prompts, and completions are exported in place of being verified.
         pairs, test_pairs: arguments of `align.tokenize_pairs`: a preference data set in place of `train`, and held-out pairs.
         demonstrations: what SFT, BASH and RAC learn from: `positive`, the right solutions among those sampled, or
             `solutions`, those that the training problems come with; then nothing is sampled for them.

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, MissingColumnError, RecordError
 from .problems import load_problems
+from .prompts import Phrasing, template_arguments
 from .records import Record, check_records, read_records, row_name
 from .stages import records_hash, run_in_parts
-from .tokens import CompletionRule, encode_row, template_of
+from .tokens import CompletionRule, encode_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROWS_PER_PART = 1000
+
+#: Options of `load_problems` that change a prompt.
+PHRASING = tuple(field.name for field in fields(Phrasing))
 
 
 def tokenize_demonstrations(
@@ -91,6 +96,7 @@ def load_demonstrations(
 
     Raises:
         MissingColumnError, RecordError: a row has no solution, or ids that cannot be.
+        ConfigError: an option that phrases prompts, for rows that have ids.
     """
     rule = CompletionRule.of(tokenizer, trl=trl_completions)
     if os.path.splitext(source)[1] in (".jsonl", ".parquet") and os.path.isfile(source):
@@ -98,6 +104,8 @@ def load_demonstrations(
         if rows and "completion_ids" in rows[0]:
             if (limit := options.get("limit")) is not None and limit < 1:
                 raise ConfigError(f"limit = {limit} must be at least 1")
+            if given := [option for option in ("subset", *PHRASING) if options.get(option)]:
+                raise ConfigError(f"{source}: {given[0]} changes nothing, since its rows have ids; leave it out")
             check_records(rows, "demonstration", source=source)
             rule.check_unused(source)
             return rows[:limit]
@@ -111,9 +119,8 @@ def encode_demonstration(
     """One problem with a solution as a demonstration record; `name` is how an error names it."""
     _check_solution(problem, name)
     solution = problem["solution"]
-    prompt_ids, ids = encode_row(
-        tokenizer, problem["prompt"], {"solution": solution}, name, template_of(problem, name), rule
-    )
+    template = template_arguments(problem, name)
+    prompt_ids, ids = encode_row(tokenizer, problem["prompt"], {"solution": solution}, name, template, rule)
     known = {key: problem[key] for key in ("id", "prompt", "answer")}
     return {**known, "completion": solution, "prompt_ids": prompt_ids, "completion_ids": ids["solution"]}
 

@@ -8,8 +8,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .contexts import OwnTokens, draw_contexts, mixed_row
+from .errors import RecordError
 from .mix import IGNORED, Example, epsilon_at
 from .rac import CorrectionSettings, draw_corrections
+from .record_file import Derived
 from .records import Record, check_records
 from .stages import parts_of, records_hash, run_in_parts
 from .tokens import check_row_ids
@@ -85,9 +87,20 @@ def mix_rac(
     """Writes RAC examples: as `mix_bash`, but with `generated_ids`, `own_tokens`, `ended`, `matches`, `kept`.
 
     Returns:
-        Counts: `rows`, `matches` (generations with the reference's answer), `kept` of those, `unended`.
+        Counts: `rows`, `matches` (generations with the reference's answer), `kept` of those, `unended`, and
+        `prompt_fills_max_length` of those left out, where `max_length` leaves some nothing to learn.
+
+    Raises:
+        RecordError, MissingColumnError: a row that is no demonstration, or no row is left.
     """
     config = config or CorrectionSettings()
+    check_records(demonstrations, "demonstration", source="demonstrations")
+    longest = float("inf") if config.max_length is None else config.max_length
+    fitting = [index for index, row in enumerate(demonstrations) if len(row["prompt_ids"]) < longest]
+    left_out = len(demonstrations) - len(fitting)
+    if left_out and not fitting:
+        raise RecordError(f"the prompts of all {left_out} demonstrations fill max_length = {longest}; raise it")
+    rows = Derived(demonstrations, lambda row: row, fitting) if left_out else demonstrations
 
     def draw(sources: list[Example], first: int) -> list[Record]:
         keys = [(first, i) for i in range(len(sources))]
@@ -95,10 +108,11 @@ def mix_rac(
 
     def count(rows: list[Record]) -> dict[str, int]:
         unended = {"unended": sum(not row["ended"] for row in rows)}
-        return {name: sum(row[name] for row in rows) for name in ("matches", "kept")} | unended
+        dropped = {"prompt_fills_max_length": left_out} if left_out else {}
+        return {name: sum(row[name] for row in rows) for name in ("matches", "kept")} | unended | dropped
 
     depends = {"seed": seed, **asdict(config), **(settings or {})}
-    return _run(model, demonstrations, out_path, draw, "mix rac", depends, count)
+    return _run(model, rows, out_path, draw, "mix rac", depends, count)
 
 
 def _run(

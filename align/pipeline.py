@@ -91,6 +91,7 @@ class Chain:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
+        self._check_problems()
         counts: dict[str, Any] = self.make_pairs()
         for name in self.config.methods:
             counts[f"train {name}"] = self.train(name, counts)
@@ -98,6 +99,15 @@ class Chain:
         base = ("base",) if self.config.test else ()
         scores = {name: self.evaluate(name) for name in (*base, *self.config.methods)}
         return self.report(scores, counts)
+
+    def _check_problems(self) -> None:
+        """Read problems that are needed only after hours of work: a column or an option without a place is an error now."""
+        for given in (self.config.teacher.get("problems"), self._test_problems()):
+            if given:
+                load_problems(**given)
+
+    def _test_problems(self) -> dict[str, Any]:
+        return {"split": "test", **self.config.test} if self.config.test else {}
 
     def load(self, adapter: Path | None = None):
         """Model and tokenizer; a folder without an adapter in it is a fully fine-tuned model of its own."""
@@ -286,9 +296,7 @@ class Chain:
         found: dict[str, Any] = {}
         if self.config.test:
             samples = self.out / "test" / f"{name}-samples.jsonl"
-            self._sample(
-                load_problems(**{"split": "test", **self.config.test}), samples, self.settings.testing, adapter
-            )
+            self._sample(load_problems(**self._test_problems()), samples, self.settings.testing, adapter)
             if self.config.test.get("answers", True):
                 verdicts = self.out / "test" / f"{name}-verdicts.jsonl"
                 verify(samples, verdicts)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from .checks import check_apart
 from .errors import ConfigError, MissingColumnError, RecordError
-from .problems import PROMPT_COLUMNS
+from .problems import prompt_column
+from .prompts import PROMPT_COLUMNS, Phrasing, phrase, without_nulls
 from .records import Record, check_prompt, is_empty, row_name
-from .sources import first_of, load_rows, row_id
+from .sources import load_rows, row_id
 from .stages import file_hash, is_complete, read_manifest, run_in_parts
 from .tokens import CompletionRule, encode_pair
 
@@ -32,6 +33,7 @@ def tokenize_pairs(
     limit: int | None = None,
     chat: bool = False,
     system_prompt: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     max_prompt_length: int | None = None,
     trl_completions: bool = False,
     settings: dict[str, Any] | None = None,
@@ -47,20 +49,22 @@ def tokenize_pairs(
         limit: only the first so many rows.
         chat: makes text prompts user messages, after `system_prompt` if there is one, and text completions the
             assistant's, so that the tokenizer's chat template is applied.
+        system_prompt: text of a system message, for `chat` and for prompts that are messages.
+        chat_template_kwargs: see `align.load_problems`. What other columns of a row become is the table of `align.prompts`.
         max_prompt_length: rows whose prompt is longer, in tokens, are left out and counted.
         trl_completions: makes completions as TRL does: all that the chat template writes, without an end token of ours,
             turns of others included; see `align.tokens.CompletionRule`.
         settings: what else the ids depend on (the tokenizer's name or hash), for resuming.
 
     Returns:
-        Counts: `rows`, `source_rows`, and of those left out `prompt_too_long`, `equal` (chosen is rejected), `empty`.
+        Counts: `rows`, `source_rows`, and of those left out `prompt_too_long`, `equal` (chosen is rejected, as text or as ids),
+        `empty`.
 
     Raises:
-        ConfigError: settings that contradict each other, or a source that does not load.
-        MissingColumnError, RecordError: a row that is no preference.
+        ConfigError: settings that contradict each other or have no place in a row's prompt, or a source that does not load.
+        MissingColumnError, RecordError: a row that is no preference, or a column that has no place in its prompt.
     """
-    if system_prompt is not None and not chat:
-        raise ConfigError("system_prompt needs chat: true; without it, there is no place for it")
+    how = Phrasing(chat, None, system_prompt, chat_template_kwargs)
     if limit is not None and limit < 1:
         raise ConfigError(f"limit = {limit} must be at least 1")
     check_apart(source, out_path)
@@ -69,6 +73,7 @@ def tokenize_pairs(
         "source": stamp, "split": split, "subset": subset, "limit": limit, "chat": chat, "system_prompt": system_prompt,
         "max_prompt_length": max_prompt_length, **({"trl_completions": True} if trl_completions else {}), **(settings or {}),
     }  # fmt: skip
+    settings |= {"chat_template_kwargs": chat_template_kwargs} if chat_template_kwargs else {}
     if is_complete(out_path, "tokenize", settings):
         return read_manifest(out_path)["counts"]
     raw = load_rows(source, split=split, subset=subset)
@@ -82,10 +87,12 @@ def tokenize_pairs(
         for index in part:
             row = dict(raw[index])
             name = f"{source}, {row_name(row, index)}"
-            found = _to_pair(row, name, chat, system_prompt)
+            found = _to_pair(row, name, how)
             reason = _reason_to_drop(found)
             if reason is None:
                 found |= encode_pair(tokenizer, found, name, rule)
+                # Texts that differ can have equal ids: templates strip white space.
+                reason = "equal" if found["chosen_ids"] == found["rejected_ids"] else None
                 if max_prompt_length is not None and len(found["prompt_ids"]) > max_prompt_length:
                     reason = "prompt_too_long"
             # A row left out leaves its reason, so that a run that is resumed counts it, too.
@@ -108,7 +115,7 @@ def tokenize_pairs(
     )  # fmt: skip
 
 
-def _to_pair(row: Mapping[str, Any], name: str, chat: bool, system_prompt: str | None) -> Record:
+def _to_pair(row: Record, name: str, how: Phrasing) -> Record:
     for side in ("chosen", "rejected"):
         if row.get(side) is None:
             raise MissingColumnError(
@@ -116,27 +123,46 @@ def _to_pair(row: Mapping[str, Any], name: str, chat: bool, system_prompt: str |
             )
         if row[side] != []:  # an answer without a message is empty, and counted
             check_prompt(row[side], name, side)
-    pair = {
-        key: row[key] for key in ("chosen", "rejected", "tools", "chat_template_kwargs") if row.get(key) is not None
-    }
+    pair, column = {side: without_nulls(row[side]) for side in ("chosen", "rejected")}, prompt_column(row)
     if isinstance(pair["chosen"], list) and pair["chosen"] and pair["chosen"][0]["role"] != "assistant":
-        from trl.data_utils import extract_prompt
-
-        if not isinstance(pair["rejected"], list) or not pair["rejected"]:
-            raise RecordError(f"{name}: chosen begins with the prompt's messages, rejected does not; give both alike")
-        pair |= extract_prompt({side: pair[side] for side in ("chosen", "rejected")})  # they begin with the prompt
+        pair, column = _without_prompt(row, pair, name), "chosen"
+    elif column:
+        pair["prompt"] = row[column]
     else:
-        prompt = first_of(dict(row), PROMPT_COLUMNS)
-        if prompt is None:
-            raise MissingColumnError(f"{name}: no prompt; one of the columns {', '.join(PROMPT_COLUMNS)} is needed")
-        pair["prompt"] = prompt
-    if chat and isinstance(pair["prompt"], str):
-        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-        pair["prompt"] = [*system, {"role": "user", "content": pair["prompt"]}]
+        raise MissingColumnError(f"{name}: no prompt; one of the columns {', '.join(PROMPT_COLUMNS)} is needed")
+    was_text = isinstance(pair["prompt"], str)
+    pair |= phrase(row, pair["prompt"], name, how, column)
+    if was_text and how.chat:
         for side in ("chosen", "rejected"):
             if isinstance(pair[side], str):
                 pair[side] = [{"role": "assistant", "content": pair[side]}] if pair[side] else ""
     return pair
+
+
+def _without_prompt(row: Record, pair: Record, name: str) -> Record:
+    """Take the prompt out of conversations that begin with it.
+
+    Raises:
+        RecordError: only chosen begins with it, or a prompt column says something else.
+    """
+    from trl.data_utils import extract_prompt
+
+    if not isinstance(pair["rejected"], list) or not pair["rejected"]:
+        raise RecordError(f"{name}: chosen begins with the prompt's messages, rejected does not; give both alike")
+    pair = extract_prompt(pair)
+    given = row.get("prompt") or ""
+    texts = [given] if isinstance(given, str) else [message.get("content") for message in given]
+    there = [message.get("content") for message in pair["prompt"]]
+    if any(not any(_is_within(text, content) for content in there) for text in texts):
+        raise RecordError(
+            f"{name}: prompt = {str(given)[:80]!r} must be among the messages that chosen and rejected begin with; "
+            "remove the column, or begin both with it"
+        )
+    return pair
+
+
+def _is_within(text: Any, content: Any) -> bool:
+    return text == content or (isinstance(text, str) and isinstance(content, str) and text.strip() in content)
 
 
 def _reason_to_drop(pair: Mapping[str, Any]) -> str | None:

@@ -8,11 +8,11 @@ from typing import Any
 
 from .answers import boxed_answer
 from .errors import ConfigError, MissingColumnError, RecordError
+from .prompts import PROMPT_COLUMNS, Phrasing, phrase, with_input
 from .records import Record, check_records, row_name
 from .sources import first_of, load_rows, row_id
 
-#: Names under which public data sets keep what we call `prompt`, `answer` and `solution`; the first one found is used.
-PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction")
+#: Names under which public data sets keep what we call `answer` and `solution`; the first one found is used.
 ANSWER_COLUMNS = ("answer", "final_answer")
 SOLUTION_COLUMNS = ("solution", "completion")
 ID_COLUMNS = ("id", "uid", "question_id")
@@ -27,6 +27,7 @@ def load_problems(
     prompt_template: str | None = None,
     chat: bool = False,
     system_prompt: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     answers: bool = True,
 ) -> list[Record]:
     """Loads problems and puts them into the words the model will see.
@@ -34,29 +35,36 @@ def load_problems(
     Args:
         source, split, subset: see `align.sources.load_rows`.
         limit: only the first so many problems.
-        prompt_template: text with `{prompt}` in it, e.g. `"Question: {prompt}\\nAnswer:"`.
+        prompt_template: text with `{prompt}` in it, e.g. `"Question: {prompt}\\nAnswer:"`, for prompts that are text.
         chat: makes a text prompt a user message, after `system_prompt` if there is one.
+        system_prompt: text of a system message, for `chat` and for prompts that are messages.
+        chat_template_kwargs: arguments of the chat template, such as `{"enable_thinking": False}`; those of a row's own column
+            `chat_template_kwargs` win. What other columns of a row become is the table of `align.prompts`.
         answers: `False` for open-ended prompts, which have nothing to verify: `answer` is then empty, and the text as it
             stood in the source is kept as `instruction`, `dataset` and `category` as they are.
 
     Raises:
-        ConfigError: settings that contradict each other.
-        MissingColumnError, RecordError: a row has no prompt or no answer.
+        ConfigError: settings that contradict each other, or that have no place in a row's prompt.
+        MissingColumnError, RecordError: a row has no prompt or no answer, or a column that has no place in its prompt.
     """
-    if prompt_template is not None and "{prompt}" not in prompt_template:
-        raise ConfigError(f"prompt_template {prompt_template!r} has no {{prompt}} in it")
-    if system_prompt is not None and not chat:
-        raise ConfigError("system_prompt needs chat: true; without it, write the text into prompt_template")
+    how = Phrasing(chat, prompt_template, system_prompt, chat_template_kwargs)
     if limit is not None and limit < 1:
         raise ConfigError(f"limit = {limit} must be at least 1")
     raw = load_rows(source, split=split, subset=subset)
     count = len(raw) if limit is None else min(limit, len(raw))
     read = _to_problem if answers else _to_open_prompt
-    problems = [read(dict(raw[i]), i, source, split) for i in range(count)]
-    for problem in problems:
-        problem["prompt"] = _phrase(problem["prompt"], prompt_template, chat, system_prompt)
+    problems = []
+    for index in range(count):
+        row = dict(raw[index])
+        problem, name = read(row, index, source, split), f"{source}, {row_name(row, index)}"
+        problems.append(problem | phrase(row, problem["prompt"], name, how, prompt_column(row)))
     check_records(problems, "problem", source=source)
     return problems
+
+
+def prompt_column(row: Record) -> str:
+    """The column that a row's prompt stands in; empty where there is none."""
+    return next((column for column in PROMPT_COLUMNS if row.get(column) not in (None, "")), "")
 
 
 def _prompt(row: Record, name: str) -> Any:
@@ -69,7 +77,8 @@ def _prompt(row: Record, name: str) -> Any:
 def _to_open_prompt(row: Record, index: int, source: str, split: str) -> Record:
     prompt = _prompt(row, f"{source}, {row_name(row, index)}")
     kept = {column: row[column] for column in ("dataset", "category") if row.get(column) is not None}
-    return {"id": row_id(row, index, split, ID_COLUMNS), "prompt": prompt, "answer": "", "instruction": prompt, **kept}
+    asked = with_input(row, prompt, prompt_column(row)) if isinstance(prompt, str) else prompt
+    return {"id": row_id(row, index, split, ID_COLUMNS), "prompt": prompt, "answer": "", "instruction": asked, **kept}
 
 
 def _to_problem(row: Record, index: int, source: str, split: str) -> Record:
@@ -98,14 +107,3 @@ def _in_digits(number: float, name: str) -> str:
     if not isfinite(number):
         raise RecordError(f"{name}: answer = {number} must be a finite number or text; fix or remove the row")
     return str(number) if isinstance(number, int) else format(Decimal(repr(number)), "f")
-
-
-def _phrase(prompt: Any, template: str | None, chat: bool, system_prompt: str | None) -> Any:
-    if not isinstance(prompt, str):
-        return prompt
-    if template is not None:
-        prompt = template.replace("{prompt}", prompt)
-    if not chat:
-        return prompt
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return [*system, {"role": "user", "content": prompt}]

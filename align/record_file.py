@@ -21,7 +21,7 @@ from typing import Any, overload
 from .atomic import write_error
 from .errors import RecordFileError
 from .progress import DELAY, watched
-from .records import Record, check_file, check_records, read_jsonl
+from .records import Record, arrow_rows, check_file, check_records, read_jsonl
 
 #: What the system says where a copy has no room.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -144,7 +144,7 @@ class _ArrowRows(Rows):
         if number != self._last[0]:
             self._last = number, self._reader.get_batch(number)
         try:
-            return self._last[1].slice(index - self._starts[number], 1).to_pylist()[0]
+            return arrow_rows(self._last[1].slice(index - self._starts[number], 1))[0]
         except Exception as error:  # noqa: BLE001 - of types that Python lacks, pyarrow raises nearly everything
             raise RecordFileError(f"{self._path}: not a readable Parquet file ({error}); write it again") from None
 

@@ -11,7 +11,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ def _read_parquet(path: Path) -> list[Record]:
         table = pyarrow.parquet.read_table(path)
         if twice := [name for name in table.column_names if table.column_names.count(name) > 1]:
             raise ValueError(f"column {twice[0]!r} stands twice")
-        return table.to_pylist()
+        return arrow_rows(table)
     except Exception as error:  # noqa: BLE001 - of a damaged file, or of types that Python lacks, pyarrow raises nearly everything
         raise RecordFileError(f"{path}: not a readable Parquet file ({error}); write it again") from None
 
@@ -204,22 +205,56 @@ def write_records(path: str | os.PathLike, rows: Iterable[Record]) -> None:
                     raise RecordError(f"{path}, {row_name(row, index)}: cannot be written as JSON: {error}") from None
 
 
+def arrow_rows(table: Any) -> list[Record]:
+    """Rows of an Arrow table or batch; values of Arrow's JSON type, as `datasets` and `write_records` write them, are decoded."""
+    rows = table.to_pylist()
+    for field in table.schema:
+        if (decode := _decoder(field.type)) is not None:
+            for row in rows:
+                if row[field.name] is not None:
+                    row[field.name] = decode(row[field.name])
+    return rows
+
+
+def _decoder(type_: Any) -> Callable[[Any], Any] | None:
+    """What decodes the JSON in values of an Arrow type; `None` where there is none in it."""
+    import pyarrow
+
+    if isinstance(type_, pyarrow.JsonType):
+        return parse_json
+    if pyarrow.types.is_struct(type_):
+        parts = {field.name: decode for field in type_ if (decode := _decoder(field.type))}
+        return partial(_decode_object, parts) if parts else None
+    if pyarrow.types.is_list(type_) or pyarrow.types.is_large_list(type_):
+        decode = _decoder(type_.value_type)
+        return partial(_decode_list, decode) if decode else None
+    return None
+
+
+def _decode_object(parts: Mapping[str, Callable[[Any], Any]], value: Record) -> Record:
+    return value | {name: decode(value[name]) for name, decode in parts.items() if value[name] is not None}
+
+
+def _decode_list(decode: Callable[[Any], Any], value: list) -> list:
+    return [None if part is None else decode(part) for part in value]
+
+
 def _write_parquet(path: Path, rows: Iterable[Record]) -> None:
     import pyarrow.parquet
+
+    as_json: set[str] = set()
 
     def tables() -> Iterator[pyarrow.Table]:
         there = iter(rows)
         while part := list(islice(there, ROWS_PER_GROUP)):
-            yield _table(part, path)
+            yield _table(part, path, as_json)
 
     with atomic_path(path) as temporary:
         try:
-            # A column may be null, or of whole numbers, for thousands of rows before its type shows.
-            schemas = [table.schema for table in tables()]
-            schema = pyarrow.unify_schemas(schemas, promote_options="permissive") if schemas else pyarrow.schema([])
-            if schemas and not schema.names:
+            schema = _common_schema([table.schema for table in tables()], as_json)
+            if schema is not None and not schema.names:
                 raise RecordError(f"{path}: rows without any field cannot be written as Parquet; use .jsonl")
-            with pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
+            with pyarrow.parquet.ParquetWriter(temporary, schema or pyarrow.schema([])) as writer:
                 for table in tables():
                     for name in set(schema.names) - set(table.column_names):
                         table = table.append_column(name, pyarrow.nulls(len(table)))
@@ -228,19 +263,67 @@ def _write_parquet(path: Path, rows: Iterable[Record]) -> None:
             raise RecordError(f"{path}: cannot be written as Parquet ({error}); use .jsonl") from None
 
 
-def _table(rows: Sequence[Record], path: Path) -> Any:
-    """A table with the columns of all rows: pyarrow's own takes those of the first row, and drops the others' silently."""
+def _common_schema(schemas: Sequence[Any], as_json: set[str]) -> Any:
+    """The schema of all groups; `None` without a group. Columns whose objects differ between groups are added to `as_json`."""
+    import pyarrow
+
+    types: dict[str, Any] = {}
+    for field in (field for schema in schemas for field in schema if not pyarrow.types.is_null(field.type)):
+        if types.setdefault(field.name, field.type) != field.type and "struct<" in str(field.type):
+            as_json.add(field.name)
+    # A column may be null, or of whole numbers, for thousands of rows before its type shows.
+    replaced = [
+        pyarrow.schema([field.with_type(pyarrow.json_()) if field.name in as_json else field for field in schema])
+        for schema in schemas
+    ]
+    return pyarrow.unify_schemas(replaced, promote_options="permissive") if schemas else None
+
+
+def _table(rows: Sequence[Record], path: Path, as_json: set[str]) -> Any:
+    """A table with the columns of all rows: pyarrow's own takes those of the first row, and drops the others' silently.
+
+    Args:
+        as_json: columns to be written as JSON; those that Arrow would change are added.
+    """
     import pyarrow
 
     columns = {}
     for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        if name not in as_json and any(map(_has_objects, values)) and not _kept_by_arrow(values):
+            as_json.add(name)
         try:
-            columns[name] = pyarrow.array([row.get(name) for row in rows])
+            columns[name] = _json_array(values) if name in as_json else pyarrow.array(values)
         except (pyarrow.ArrowException, OverflowError, TypeError, ValueError) as error:
             raise RecordError(
                 f"{path}: column {name!r} cannot be written as Parquet: {error}; give all its values one type, or use .jsonl"
             ) from None
     return pyarrow.table(columns)
+
+
+def _has_objects(value: Any) -> bool:
+    while isinstance(value, (list, tuple)) and value:
+        value = next((part for part in value if part is not None), None)
+    return isinstance(value, Mapping)
+
+
+def _kept_by_arrow(values: list[Any]) -> bool:
+    """Whether Arrow gives objects back as they are. It gives all objects of a column the same keys in the same order, and fills
+    the gaps with null; Parquet has no objects without keys."""
+    import pyarrow
+
+    try:
+        array = pyarrow.array(values)
+    except (pyarrow.ArrowException, OverflowError, TypeError, ValueError):
+        return False
+    return "struct<>" not in str(array.type) and json.dumps(array.to_pylist()) == json.dumps(values)
+
+
+def _json_array(values: Sequence[Any]) -> Any:
+    import pyarrow
+
+    texts = [None if value is None else json.dumps(value, ensure_ascii=False, allow_nan=False) for value in values]
+    return pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(texts, pyarrow.string()))
 
 
 def check_records(rows: Iterable[Mapping[str, Any]], kind: str, source: str = "records") -> None:

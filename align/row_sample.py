@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .records import Record
+from .records import Record, arrow_rows
 
 
 @dataclass
@@ -77,6 +77,6 @@ def _sample_parquet(path: Path, most: int) -> tuple[list[tuple[int, Record]], in
         wanted = sorted(random.Random(0).sample(range(total), min(most, total)))
         for batch in file.iter_batches(batch_size=1024):
             here = [index for index in wanted if first <= index < first + len(batch)]
-            rows += zip(here, batch.take([index - first for index in here]).to_pylist(), strict=True)
+            rows += zip(here, arrow_rows(batch.take([index - first for index in here])), strict=True)
             first += len(batch)
     return rows, total, []

@@ -16,7 +16,7 @@ from .errors import ConfigError, RecordError
 from .models import vocab_size
 from .records import Record, check_records
 from .stages import records_hash, run_in_parts
-from .tokens import add_eos, decode_completion, encode_prompt, end_ids_of, first_end
+from .tokens import add_eos, decode_completion, encode_problem, end_ids_of, first_end
 
 if TYPE_CHECKING:
     import torch
@@ -143,7 +143,7 @@ def sample_completions(
     engine = model if isinstance(model, Engine) else TransformersEngine(model, tokenizer)
     problems = list(problems)
     check_records(problems, "problem", source="problems")
-    prompts = [encode_prompt(tokenizer, p["prompt"], f"problem {p['id']!r}") for p in problems]
+    prompts = [encode_problem(tokenizer, p, f"problem {p['id']!r}") for p in problems]
     if (highest := max(map(max, prompts), default=0)) >= engine.vocab_size:
         raise RecordError(f"the tokenizer gives id {highest}, the model knows {engine.vocab_size}; they do not match")
     longest = config.max_prompt_length

@@ -27,6 +27,8 @@ def load_rows(source: str, *, split: str = "train", subset: str | None = None) -
     from datasets import load_dataset
 
     suffix = Path(source).suffix
+    if subset is not None and (os.path.exists(source) or "://" in source):
+        raise ConfigError(f"{source}: subset = {subset!r} belongs to a hub data set, and this is a file; leave it out")
     try:
         if suffix in (".jsonl", ".parquet") and "://" not in source:
             rows: Sequence[Any] = RecordFile(source)

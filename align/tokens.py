@@ -11,7 +11,6 @@ belongs to token i + 1; completion token j is found at label position P - 1 + j.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, MissingColumnError, RecordError
+from .prompts import check_template, template_arguments, without_nulls
 from .records import REASONING, SAID, check_ids, check_prompt, row_name
 
 if TYPE_CHECKING:
@@ -181,8 +181,12 @@ def _prompt_as_seen(tokenizer, prompt, name: str, template: Mapping[str, Any]) -
         if ids and not prompt.endswith(tokenizer.eos_token or "\0") and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]  # some tokenizers close every text with EOS; a prompt goes on
     else:
-        text = _before(tokenizer, prompt, name, template)
+        text = _before(tokenizer, without_nulls(prompt), name, template)
         ids = _rendered_ids(tokenizer, text, name)
+        if template:
+            check_template(
+                tokenizer.get_chat_template(template.get("chat_template"), template.get("tools")), template, name
+            )
     if not ids:
         raise RecordError(f"{name}: the prompt {prompt!r} gives no tokens, so nothing predicts the first one; add text")
     return text, ids
@@ -449,7 +453,7 @@ def encode_row(
         RecordError: a completion is empty, has turns of others than the assistant, or goes on after its end; no ids decode
             to the text; or the chat template leaves out what is given.
     """
-    rule, template = rule or CompletionRule.of(tokenizer), template or {}
+    rule, template, prompt = rule or CompletionRule.of(tokenizer), template or {}, without_nulls(prompt)
     before, prompt_ids = _prompt_as_seen(tokenizer, prompt, f"{name}: prompt", template)
     names = {side: f"{name}: {side}" for side in completions}
     completions = {side: _checked(prompt, one, names[side], rule) for side, one in completions.items()}
@@ -490,7 +494,7 @@ def _checked(prompt, completion, name: str, rule: CompletionRule):
         return [{"role": "assistant", "content": completion}]
     if not rule.trl:
         _check_roles(completion, name)
-    return completion
+    return without_nulls(completion)
 
 
 def _shared(
@@ -565,21 +569,13 @@ def encode_pair(
                 raise RecordError(f"{name}: chosen is messages, {side} is text; give both alike")
         row = extract_prompt(dict(row))
     completions = {side: row[side] for side in ("chosen", "rejected")}
-    prompt_ids, ids = encode_row(tokenizer, row["prompt"], completions, name, template_of(row, name), rule)
+    prompt_ids, ids = encode_row(tokenizer, row["prompt"], completions, name, template_arguments(row, name), rule)
     return {"prompt_ids": prompt_ids, **{f"{side}_ids": ids[side] for side in completions}}
 
 
-def template_of(row: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What a row hands to the chat template: its `tools` and `chat_template_kwargs`."""
-    tools = row.get("tools")
-    more = row.get("chat_template_kwargs") or {}
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        return {"tools": tools, **more}
-    except (ValueError, TypeError, RecursionError):
-        raise RecordError(
-            f"{name}: tools {str(tools)[:80]!r} must be a list, or JSON of one, and chat_template_kwargs {str(more)[:80]!r} an object"
-        ) from None
+def encode_problem(tokenizer: PreTrainedTokenizerBase, problem: Mapping[str, Any], name: str) -> list[int]:
+    """Ids of a problem's prompt; its `tools` and `chat_template_kwargs` reach the chat template, see `encode_prompt`."""
+    return encode_prompt(tokenizer, problem["prompt"], name, template_arguments(problem, name))
 
 
 def check_pair_ids(row: Mapping[str, Any], index: int, vocab_size: int) -> None:
@@ -618,6 +614,15 @@ def truncate(row: Sequence, max_length: int | None, truncation_mode: str = "keep
     if max_length is None:
         return row
     return row[:max_length] if truncation_mode == "keep_start" else row[-max_length:]
+
+
+def truncate_completion(
+    prompt_length: int, completion_ids: Sequence, max_length: int | None, truncation_mode: str = "keep_start"
+) -> Sequence:
+    """The part of a completion that TRL's collator keeps behind a prompt of some length, see `truncate`."""
+    if max_length is not None and truncation_mode == "keep_start":
+        max_length = max(0, max_length - prompt_length)
+    return truncate(completion_ids, max_length, truncation_mode)
 
 
 def shift_to_labels(rows: torch.Tensor) -> torch.Tensor:

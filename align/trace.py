@@ -17,7 +17,7 @@ from .rsd import TEACHER, RSDConfig, Trace, reverse_speculative_decode
 from .sample import end_token_ids
 from .select import good_traces
 from .stages import records_hash, run_in_parts, write_chosen
-from .tokens import decode_completion, encode_prompt
+from .tokens import decode_completion, encode_problem
 from .verify import verify_completion
 from .vocabulary import never_ids, shared_ids
 
@@ -226,7 +226,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, problem: Record) -> list[int]:
     prompt = problem["prompt"]
     if isinstance(prompt, str) and not prompt and not tokenizer(prompt)["input_ids"]:
         return []
-    return encode_prompt(tokenizer, prompt, f"problem {problem['id']!r}")
+    return encode_problem(tokenizer, problem, f"problem {problem['id']!r}")
 
 
 def choose(rows: Sequence[Record], config: TraceConfig) -> tuple[list[Record], dict[str, int]]:

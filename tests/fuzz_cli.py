@@ -28,7 +28,10 @@ LIMIT = {"--limit": free}
 FEW = LIMIT | {"--seed": free, "--max-prompt-length": free}
 DRAW = {"--temperature": share, "--top-p": share, "--top-k": free, "--batch-size": small}
 CHAT = {"--chat": None, "--split": text, "--subset": text}
-SYSTEM = CHAT | {"--system-prompt": text}
+SYSTEM = CHAT | {
+    "--system-prompt": text,
+    "--chat-template-kwargs": text | st.sampled_from(['{"x": 1}', "{}", "[1]", '{"tokenize": 1}']),
+}
 PROMPT = {"--prompt-template": text | st.just("{prompt}")}
 TOKENS = {"--max-tokens-per-batch": free}
 BUDGET = TOKENS | {"--max-length": free}
@@ -88,10 +91,10 @@ COMMANDS = {
                          "--step-separator": text, "--no-only-correct": None, "--no-only-ended": None, "--max-student-share": share},
     ),
     "mix bash": (("solved", "demonstration"), True, {"--model": st.just(MODEL)},
-                 LIMIT | TOKENS | PROMPT | CHAT | LOAD | {"--seed": free, "--epsilon": share, "--generation": st.sampled_from(["parallel", "autoregressive", "x"]),
+                 LIMIT | TOKENS | PROMPT | SYSTEM | LOAD | {"--seed": free, "--epsilon": share, "--generation": st.sampled_from(["parallel", "autoregressive", "x"]),
                                           "--passes": small, "--temperature": share}),
     "mix rac": (("solved", "demonstration"), True, {"--model": st.just(MODEL), "--max-new-tokens": st.just("2")},
-                LIMIT | BUDGET | PROMPT | CHAT | LOAD | {"--seed": free, "--prefix-fraction": text, "--cue": text, "--keep-correct-share": share, "--temperature": share}),
+                LIMIT | BUDGET | PROMPT | SYSTEM | LOAD | {"--seed": free, "--prefix-fraction": text, "--cue": text, "--keep-correct-share": share, "--temperature": share}),
     "score reference": (("pair",), True, {"--model": st.just(MODEL)}, BUDGET | LOAD),
     "score entropy": (("pair",), True, {"--model": st.just(MODEL)}, BUDGET | LOAD | {"--top": share}),
     "score guidance": (("pair",), True, {"--model": st.just(MODEL), "--guide": st.just(MODEL)}, BUDGET | QUANTIZED),

@@ -20,6 +20,7 @@ import pyarrow
 import pyarrow.parquet
 from hypothesis import strategies as st
 
+from align.prompts import READ_COLUMNS
 from align.records import REQUIRED, TOKEN_COLUMNS
 
 #: Seconds of this process's time that one input may take. math-verify gives a comparison up after 5 s, three times at most.
@@ -153,11 +154,11 @@ KINDS = (*REQUIRED, "preference", "trace", "solved")
 COLUMNS = sorted(
     {column for columns in REQUIRED.values() for column in columns}
     | {f"{side}_{column}" for side in ("chosen", "rejected") for column in TOKEN_COLUMNS}
+    | set(READ_COLUMNS)
     | {"solution", "tools", "chat_template_kwargs", "first_error", "student_share", "from_teacher", "student_probs"}
     | {
         "teacher_probs",
         "rule",
-        "instruction",
         "dataset",
         "question",
         "problem",

@@ -75,7 +75,7 @@ def test_every_command_and_option_is_fuzzed():
 #: What reads bytes that someone else may have written -> the target that feeds it; `None` where another test spoils its files.
 READERS = {
     "records.py": "records", "record_file.py": "records", "sources.py": "problems", "stages.py": "stages", "config.py": "config",
-    "tokens.py": "tokens", "models.py": "adapters", "identity.py": "adapters", "run_folder.py": "run_folder", "row_sample.py": "run_folder",
+    "prompts.py": "tokens", "models.py": "adapters", "identity.py": "adapters", "run_folder.py": "run_folder", "row_sample.py": "run_folder",
     "vllm_adapter.py": None, "server.py": None,  # tests/test_engine_misuse.py, tests/test_engines.py
     "trainers/checkpoints.py": None, "safety.py": None,  # tests/test_crash_training.py, tests/test_safety.py
 }  # fmt: skip

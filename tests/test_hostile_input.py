@@ -94,9 +94,7 @@ def test_parquet_keeps_columns_that_the_first_row_lacks_and_refuses_mixed_types(
     write_records(tmp_path / "a.parquet", [{"id": "a"}, {"id": "b", "tools": "x"}])
     assert read_records(tmp_path / "a.parquet") == [{"id": "a", "tools": None}, {"id": "b", "tools": "x"}]
     with pytest.raises(RecordError, match="column 'prompt' cannot be written as Parquet"):
-        write_records(tmp_path / "b.parquet", [{"prompt": "text"}, {"prompt": [{"role": "user"}]}])
-    with pytest.raises(RecordError, match="use .jsonl"):
-        write_records(tmp_path / "b.parquet", [{"x": {}}])
+        write_records(tmp_path / "b.parquet", [{"prompt": "text"}, {"prompt": 7}])
     assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]
 
 
@@ -120,7 +118,7 @@ def test_numbers_beyond_floats_and_ids_beyond_integers():
         ({"prompt": "half \ud800"}, "no Unicode text"),
         ({"chosen": [{"role": "assistant", "content": 5}], "prompt": [{"role": "user", "content": "x"}]}, "chat template"),
         ({"chosen": 5}, "chosen.*5 must be text"),
-        ({"tools": "[", "prompt": "x"}, "tools '\\['"),
+        ({"tools": "[", "prompt": "x"}, "tools = '\\[' must be a list"),
     ],
 )  # fmt: skip
 def test_rows_that_no_template_renders(change, words):

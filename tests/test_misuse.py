@@ -114,11 +114,13 @@ def test_a_shift_is_found_where_tokens_are_nearly_certain(tmp_path):
     model, tokenizer = load_model(path, dtype="float32"), load_tokenizer(path)
     pairs = []
     for problem in load_problems(str(ROOT / "data/tiny-arithmetic/test.jsonl"), limit=8):
-        text = {"prompt": problem["prompt"], "chosen": problem["solution"], "rejected": problem["solution"]}
+        wrong = problem["solution"] + "0"
+        text = {"prompt": problem["prompt"], "chosen": problem["solution"], "rejected": wrong}
         pairs.append({"id": problem["id"], **encode_pair(tokenizer, text, problem["id"])})
-    rows = [(pair["prompt_ids"], pair["chosen_ids"]) for pair in pairs]
-    for pair, logps in zip(pairs, token_logps(model, rows, pad_token_id=0), strict=True):
-        pair |= {"chosen_ref_logps": logps, "rejected_ref_logps": logps}
+    for side in ("chosen", "rejected"):
+        rows = [(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs]
+        for pair, logps in zip(pairs, token_logps(model, rows, pad_token_id=0), strict=True):
+            pair[f"{side}_ref_logps"] = logps
     args = TokenDPOConfig(**options(tmp_path))
 
     def trainer(rows):
@@ -127,9 +129,9 @@ def test_a_shift_is_found_where_tokens_are_nearly_certain(tmp_path):
 
     trainer(pairs)
     for by in (1, -1):
-        moved = {pair["id"]: pair["chosen_ref_logps"][-by:] + pair["chosen_ref_logps"][:-by] for pair in pairs}
+        columns = [f"{side}_ref_logps" for side in ("chosen", "rejected")]
         with pytest.raises(RecordError, match="shifted by one position"):
-            trainer([pair | {f"{s}_ref_logps": moved[pair["id"]] for s in ("chosen", "rejected")} for pair in pairs])
+            trainer([pair | {c: pair[c][-by:] + pair[c][:-by] for c in columns} for pair in pairs])
     assert args.precompute_ref_log_probs is False  # the caller's settings are the caller's
 
 

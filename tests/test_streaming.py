@@ -179,7 +179,9 @@ def written(tmp_path, n: int):
     """A file of n pairs with 150 ids and 200 numbers each."""
     rows = []
     for row in random_pairs(50):
-        row |= {"prompt_ids": [5] * 50} | {f"{side}_ids": [7 + i for i in range(50)] for side in SIDES}
+        row |= {"prompt_ids": [5] * 50} | {
+            f"{side}_ids": [7 + k + i for i in range(50)] for k, side in enumerate(SIDES)
+        }
         row |= {f"{side}_{c}": [(i + 1) / 99 for i in range(50)] for side in SIDES for c in ("ce_scores", "ref_logps")}
         rows.append(row)
     path = tmp_path / f"{n}.jsonl"

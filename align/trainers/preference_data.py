@@ -12,13 +12,21 @@ from datasets import Dataset, IterableDataset
 from trl.trainer.utils import global_then_local_main_first
 
 from ..errors import MissingColumnError, RecordError
+from ..prompts import check_used
 from ..records import PROBABILITIES, TOKEN_COLUMNS, check_token_columns, row_name
-from ..tokens import CompletionRule, check_pair_ids, encode_pair
+from ..tokens import CompletionRule, check_pair_ids, encode_pair, truncate_completion
 from .row_data import lengths_of, numbers_of, tables_of
 
 logger = get_logger(__name__)
 
 SIDES = ("chosen", "rejected")
+
+#: Why a row is dropped. Each is looked for behind tokenization and truncation, the last changes of a row.
+DROPPED = {
+    "prompt_fills_max_length": "the prompt fills max_length",
+    "equal": "chosen and rejected are equal",
+    "equal_after_truncation": "chosen and rejected are equal after truncation to max_length",
+}
 
 
 def column_names(dataset: Dataset | IterableDataset | None) -> list[str]:
@@ -46,7 +54,8 @@ def prepare_preference_dataset(
     required: Sequence[str],
     rule: CompletionRule,
 ) -> tuple[Dataset | IterableDataset, dict[str, int]]:
-    """Tokenizes text rows, checks all rows, and drops those whose prompt leaves no room for a completion.
+    """Tokenizes text rows, checks all rows, and drops those that have nothing to train on: whose prompt leaves no room for a
+    completion, or whose completions are equal, before or after truncation. Their loss would be ln 2 forever.
 
     Args:
         dataset: rows of text, or of ids with token-level columns. Rows of a stream are checked as they come.
@@ -58,8 +67,9 @@ def prepare_preference_dataset(
         rule: what completions of text and messages end with.
 
     Returns:
-        The data set with ids and the columns that are read, and counts: `rows`, `prompt_fills_max_length` (dropped),
-        `truncated`. A stream's counts are not known in advance and stay empty.
+        The data set with ids and the columns that are read, and counts: `rows`, `truncated`, and of those dropped
+        `prompt_fills_max_length`, `equal` and `equal_after_truncation`. A stream's drops are counted as they come, again in
+        every epoch.
 
     Raises:
         MissingColumnError, RecordError: naming the row, the value and the remedy.
@@ -88,7 +98,10 @@ def prepare_preference_dataset(
         check_token_columns(row, f"{name} data set, {row_name(row, index)}", columns)
 
     def prepare(row: dict[str, Any], index: int) -> dict[str, Any]:
-        ids = {} if has_ids else encode_pair(tokenizer, row, f"{name} data set, {row_name(row, index)}", rule)
+        ids, where = {}, f"{name} data set, {row_name(row, index)}"
+        if not has_ids:
+            ids = encode_pair(tokenizer, row, where, rule)
+            check_used(row, row.get("prompt") or row["chosen"], where)
         check({**row, **ids}, index)
         return ids
 
@@ -104,27 +117,27 @@ def prepare_preference_dataset(
         else:
             desc = {} if stream else {"desc": f"Tokenizing {name} dataset"}
             dataset = dataset.map(prepare, with_indices=True, **options, **desc)
-        drops = args.max_length is not None and args.truncation_mode == "keep_start"
         if stream:
-            if drops:
-                dataset = dataset.filter(lambda row: len(row["prompt_ids"]) < args.max_length)
-            return dataset, {}
-        lengths = lengths_of(dataset, ("prompt_ids", "chosen_ids", "rejected_ids"))
-        counts = _count_lengths(lengths, args.max_length, drops)
+            return _usable(dataset, name, args)
+        lengths = lengths_of(dataset, _IDS)
+        reasons = _reasons(dataset, args)
+        counts = _count(lengths, reasons, args.max_length)
         _report(name, counts, args)
-        if drops and counts["prompt_fills_max_length"]:
-            dataset = dataset.select(numpy.flatnonzero(lengths["prompt_ids"] < args.max_length))
+        if any(counts[reason] for reason in DROPPED):
+            dataset = dataset.select(numpy.flatnonzero(reasons == 0))
     return dataset, counts
 
 
+_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
 #: What a row's check reads, besides token-level columns.
-_CHECKED = ("id", "prompt_ids", "chosen_ids", "rejected_ids")
+_CHECKED = ("id", *_IDS)
 
 
 def _is_plain(table: pyarrow.Table, vocabulary: int, columns: Sequence[str]) -> bool:
     """Whether nothing can be wrong with any of these rows, seen at once; where that is not so, each is looked at."""
     lengths = {}
-    for name in _CHECKED[1:]:
+    for name in _IDS:
         found = numbers_of(table[name]) if name in table.column_names else None
         if found is None or found[1].dtype.kind not in "iu" or not len(found[1]) or found[0].min() == 0:
             return False
@@ -151,6 +164,11 @@ def _check_columns(name: str, names: list[str], token_level: list[str], has_ids:
             f"{name} data set: {', '.join(missing)} missing; its columns are {', '.join(names)}. "
             "Make them with `align score`, beside the ids they belong to"
         )
+    if sideless := [column for column in TOKEN_COLUMNS if column in names]:
+        raise MissingColumnError(
+            f"{name} data set: column {sideless[0]} has no side, so nothing reads it; name it chosen_{sideless[0]} or "
+            f"rejected_{sideless[0]}, or remove it"
+        )
     if token_level and not has_ids:
         raise MissingColumnError(
             f"{name} data set: {', '.join(token_level)} without ids; text would be tokenized again, and the numbers "
@@ -163,31 +181,92 @@ def _check_columns(name: str, names: list[str], token_level: list[str], has_ids:
             )
 
 
-def _count_lengths(lengths: dict[str, numpy.ndarray], max_length: int | None, drops: bool) -> dict[str, int]:
-    counts = {"rows": len(lengths["prompt_ids"]), "prompt_fills_max_length": 0, "truncated": 0}
+_CODES = ("", *DROPPED)
+
+
+def _reason_to_drop(prompt_length: int, chosen: Sequence, rejected: Sequence, args) -> str:
+    """A key of `DROPPED`; empty for a row that can be trained on."""
+    if args.max_length is not None and args.truncation_mode == "keep_start" and prompt_length >= args.max_length:
+        return "prompt_fills_max_length"
+    if numpy.array_equal(chosen, rejected):
+        return "equal"
+    kept = [
+        truncate_completion(prompt_length, ids, args.max_length, args.truncation_mode) for ids in (chosen, rejected)
+    ]
+    return "equal_after_truncation" if numpy.array_equal(*kept) else ""
+
+
+def _reasons(dataset: Dataset, args) -> numpy.ndarray:
+    """Per row the place of its `_reason_to_drop` in `_CODES`: a byte, since there may be millions."""
+    found = bytearray()
+    for table in tables_of(dataset, _IDS):
+        columns = [numbers_of(table[name]) for name in _IDS]
+        prompts, *sides = [numpy.split(ids, lengths.cumsum()[:-1]) for lengths, ids in columns]
+        rows = zip(prompts, *sides, strict=True)
+        found += bytes(_CODES.index(_reason_to_drop(len(prompt), *pair, args)) for prompt, *pair in rows)
+    return numpy.frombuffer(found, dtype=numpy.uint8)
+
+
+def _usable(stream: IterableDataset, name: str, args) -> tuple[IterableDataset, dict[str, int]]:
+    """Rows of a stream that can be trained on, and the counts of the others as they come.
+
+    Raises:
+        RecordError: there is none.
+    """
+    counts = dict.fromkeys(DROPPED, 0)
+
+    def is_usable(row: dict[str, Any]) -> bool:
+        reason = _reason_to_drop(len(row["prompt_ids"]), row["chosen_ids"], row["rejected_ids"], args)
+        if reason:
+            if not counts[reason]:
+                logger.warning(f"{name} data set: rows are dropped because {DROPPED[reason]}")
+            counts[reason] += 1
+        return not reason
+
+    usable = stream.filter(is_usable)
+    if next(iter(usable), None) is None:
+        _refuse(name, counts, args)
+    counts.update(dict.fromkeys(DROPPED, 0))  # training begins at the first row again
+    return usable, counts
+
+
+def _count(lengths: dict[str, numpy.ndarray], reasons: numpy.ndarray, max_length: int | None) -> dict[str, int]:
+    found = numpy.bincount(reasons, minlength=len(_CODES)).tolist()
+    counts = {"rows": len(reasons), **dict(zip(DROPPED, found[1:], strict=True)), "truncated": 0}
     if max_length is not None:
-        filled = (lengths["prompt_ids"] >= max_length) & drops
         longest = lengths["prompt_ids"] + numpy.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
-        counts["prompt_fills_max_length"] = int(filled.sum())
-        counts["truncated"] = int(((longest > max_length) & ~filled).sum())
+        counts["truncated"] = int(((longest > max_length) & (reasons == 0)).sum())
     return counts
 
 
 def _report(name: str, counts: dict[str, int], args) -> None:
-    if counts["rows"] == counts["prompt_fills_max_length"]:
-        raise RecordError(
-            f"{name} data set: the prompt of each of its {counts['rows']} rows fills max_length = {args.max_length} "
-            "tokens, which leaves no completion to train on; raise max_length"
-        )
-    if counts["prompt_fills_max_length"]:
-        logger.warning(
-            f"{name} data set: {counts['prompt_fills_max_length']} of {counts['rows']} rows dropped: their prompts fill "
-            f"max_length = {args.max_length}"
-        )
+    if counts["rows"] == sum(counts[reason] for reason in DROPPED):
+        _refuse(name, counts, args)
+    for reason, words in DROPPED.items():
+        if counts[reason]:
+            limit = f" = {args.max_length}" if words.endswith("max_length") else ""
+            logger.warning(f"{name} data set: {counts[reason]} of {counts['rows']} rows dropped: {words}{limit}")
     if counts["truncated"]:
         logger.warning(
             f"{name} data set: {counts['truncated']} of {counts['rows']} rows truncated to {args.max_length} tokens"
         )
+
+
+def _refuse(name: str, counts: dict[str, int], args) -> None:
+    """Raises a RecordError with the reasons why no row is left."""
+    total = sum(counts[reason] for reason in DROPPED)
+    if not total:
+        raise RecordError(f"{name} data set: there are no rows in it; give some")
+    if counts["prompt_fills_max_length"] == total:
+        raise RecordError(
+            f"{name} data set: the prompt of each of its {total} rows fills max_length = {args.max_length} "
+            "tokens, which leaves no completion to train on; raise max_length"
+        )
+    found = ", ".join(f"{words}: {counts[reason]}" for reason, words in DROPPED.items() if counts[reason])
+    limit = "" if args.max_length is None else f", or raise max_length = {args.max_length}"
+    raise RecordError(
+        f"{name} data set: none of its {total} rows can be trained on ({found}); give pairs that differ{limit}"
+    )
 
 
 def pad_columns(dataset: Dataset, rows: dict[str, list[list[float]]], column: str, truncation_mode: str) -> Dataset:

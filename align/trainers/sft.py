@@ -5,20 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from accelerate.logging import get_logger
+from datasets import Dataset, Features, IterableDataset, Json, List
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RecordError
 from ..processes import check_group
+from ..prompts import READ_COLUMNS, check_used, template_arguments, without_nulls
 from ..records import row_name
 from ..safety import no_pickles
-from ..tokens import CompletionRule, encode_row, template_of
+from ..tokens import CompletionRule, encode_row
 from .longest import LongestBatch, collate, longest_rows, row_id
 from .preference_data import column_names
 from .preflight import Preflight
 from .sharding import check_sharding
 from .trackers import check_trackers
+
+logger = get_logger(__name__)
+
+#: Columns of which TRL renders prompts and answers.
+_RENDERED = ("messages", "conversations", "prompt", "completion", "tools", "chat_template_kwargs")
+
+#: Those that hold a prompt.
+_PROMPTS = ("messages", "conversations", "prompt")
 
 
 @dataclass
@@ -54,23 +64,33 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
             )
         check_group(args.world_size)
         self._checkpoint, self._rule = getattr(model, "generation_config", model), None
+        #: Rows of every data set, and those that are dropped since truncation leaves them nothing to train on, by its name.
+        self.data_report: dict[str, dict[str, int]] = {}
         with no_pickles(model):
             super().__init__(model, args, *others, **kwargs)
         check_sharding(self)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        names = set(column_names(dataset))
+        names = column_names(dataset)
+        if not names:
+            raise RecordError(f"{dataset_name} data set: there are no rows in it; give some")
         self._rule = self._rule or CompletionRule.of(
             getattr(processing_class, "tokenizer", processing_class), self._checkpoint, args.trl_completions
         )
         if "input_ids" in names:
             self._rule.check_unused(f"{dataset_name} data set")
-        pairs = {"prompt", "completion"} <= names and "input_ids" not in names and formatting_func is None
-        # Masks of a template's own, transforms and processors of images are TRL's matter.
-        ours = not (self._rule.trl or args.assistant_only_loss) and hasattr(processing_class, "pad_token")
-        if pairs and ours and not (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
-            dataset = self._encoded(dataset, processing_class, args, dataset_name)
-        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        elif formatting_func is None:
+            dataset = _as_given(dataset, names, dataset_name, args.dataset_text_field)
+            # Masks of a template's own, transforms and processors of images are TRL's matter.
+            ours = not (self._rule.trl or args.assistant_only_loss) and hasattr(processing_class, "pad_token")
+            custom = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+            if {"prompt", "completion"} <= set(names) and ours and not custom:
+                dataset = self._encoded(dataset, processing_class, args, dataset_name)
+        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        self.data_report[dataset_name] = (
+            {} if packing else _count_dropped(dataset, prepared, dataset_name, args.max_length)
+        )
+        return prepared
 
     def _encoded(self, dataset: Dataset | IterableDataset, tokenizer, args, name: str) -> Dataset | IterableDataset:
         """Rows of prompt and completion with the ids and the mask that TRL makes labels of."""
@@ -78,11 +98,10 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
 
         def encode(row: dict[str, Any], index: int) -> dict[str, list[int]]:
             where = f"{name} data set, {row_name(row, index)}"
-            completions = {"completion": row["completion"]}
-            prompt_ids, ids = encode_row(tokenizer, row["prompt"], completions, where, template_of(row, where), rule)
-            completion_ids = ids["completion"]
-            mask = [0] * len(prompt_ids) + [1] * len(completion_ids)
-            return {"input_ids": prompt_ids + completion_ids, "completion_mask": mask}
+            completions, template = {"completion": row["completion"]}, template_arguments(row, where)
+            prompt_ids, ids = encode_row(tokenizer, row["prompt"], completions, where, template, rule)
+            mask = [0] * len(prompt_ids) + [1] * len(ids["completion"])
+            return {"input_ids": prompt_ids + ids["completion"], "completion_mask": mask}
 
         options: dict[str, Any] = {}
         if isinstance(dataset, Dataset):
@@ -103,3 +122,65 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
             for row, place in zip(rows, longest, strict=True)
         ]
         return [LongestBatch(inputs, found)]
+
+
+def _as_given(dataset: Dataset | IterableDataset, names: list[str], name: str, text: str) -> Dataset | IterableDataset:
+    """Rows without the nulls that Arrow puts into messages and tools; see `align.prompts`. TRL renders them.
+
+    Args:
+        names: of the columns.
+        name: of the data set.
+        text: the column of plain text.
+
+    Raises:
+        RecordError: a column that a model should read is not in its text.
+    """
+    rendered = [column for column in _RENDERED if column in names]
+    nested = [column for column in rendered if dataset.features is None or _may_have_gaps(dataset.features[column])]
+    if not nested and not set(names) & set(READ_COLUMNS):
+        return dataset
+
+    def plain(row: dict[str, Any], index: int) -> dict[str, Any]:
+        texts = [row.get(column) for column in (*_PROMPTS, text)]
+        check_used(row, texts, f"{name} data set, {row_name(row, index)}")
+        found = {column: without_nulls(row[column]) for column in nested}
+        return found | ({"chat_template_kwargs": {}} if found.get("chat_template_kwargs", 0) is None else {})
+
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(plain, with_indices=True)
+    # As JSON, or Arrow would put the nulls back.
+    features = Features({**dataset.features, **{column: _json_feature(dataset.features[column]) for column in nested}})
+    return dataset.map(plain, with_indices=True, features=features, desc=f"Reading {name} dataset")
+
+
+def _may_have_gaps(feature: Any) -> bool:
+    """Whether a column's values have keys that Arrow, or a user, may have filled with null."""
+    inner = feature.feature if isinstance(feature, List) else feature
+    return isinstance(inner, Json) or (
+        isinstance(inner, dict) and not set(inner) <= {"role", "content", "from", "value"}
+    )
+
+
+def _json_feature(feature: Any) -> Any:
+    return List(Json()) if isinstance(feature, List) else Json()
+
+
+def _count_dropped(dataset: Any, prepared: Any, name: str, max_length: int | None) -> dict[str, int]:
+    """Rows, and those that TRL drops since truncation leaves them no label; a stream's are not counted.
+
+    Raises:
+        RecordError: no row is left.
+    """
+    if next(iter(prepared), None) is None:
+        raise RecordError(
+            f"{name} data set: truncation to max_length = {max_length} leaves no token to train on in any row; raise max_length"
+        )
+    if isinstance(dataset, IterableDataset):
+        return {}
+    dropped = len(dataset) - len(prepared)
+    if dropped:
+        logger.warning(
+            f"{name} data set: {dropped} of {len(dataset)} rows dropped: truncation to max_length = {max_length} leaves them no "
+            "token to train on"
+        )
+    return {"rows": len(dataset), "nothing_to_train_on": dropped}

@@ -128,7 +128,8 @@ def train_sft(
 
     Returns:
         `steps`, `train_loss`, `train_runtime` in seconds since the last start, `rows` that were trained on,
-        `prompt_fills_max_length` (dropped); empty where the output was complete already, whose manifest has them.
+        and those that were dropped: `prompt_fills_max_length`, and where there are any `equal`, `equal_after_truncation`,
+        `nothing_to_train_on`; empty where the output was complete already, whose manifest has them.
 
     Raises:
         ConfigError: an unknown field, or `out_dir` holds something else.
@@ -144,7 +145,9 @@ def train_sft(
         (
             index
             for index, row in enumerate(demonstrations)
-            if config.max_length is None or len(row["prompt_ids"]) < config.max_length
+            if config.max_length is None
+            or config.truncation_mode == "keep_end"
+            or len(row["prompt_ids"]) < config.max_length
         ),
     )
     rows = Derived(demonstrations, _sft_row, kept)
@@ -274,11 +277,14 @@ def _train_alone(
     with run_of_its_own(trainer.args.report_to):
         result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(working / "final"))
-    dropped += (by_trainer := getattr(trainer, "data_report", {}).get("train", {}).get("prompt_fills_max_length", 0))
+    by_trainer = {
+        reason: n for reason, n in trainer.data_report["train"].items() if n and reason not in ("rows", "truncated")
+    }
     counts = {
         "steps": result.global_step,
-        "rows": len(rows) - by_trainer,
-        "prompt_fills_max_length": dropped,
+        "rows": len(rows) - sum(by_trainer.values()),
+        **by_trainer,
+        "prompt_fills_max_length": dropped + by_trainer.get("prompt_fills_max_length", 0),
         **{k: result.metrics[k] for k in ("train_loss", "train_runtime")},
     }
     if checkpoint is not None:  # the Trainer's own is that of the steps since then
