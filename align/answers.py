@@ -124,9 +124,7 @@ def _without_marks(text: str) -> str:
 
 
 _THINKING = re.compile(r"(?:</|\[/)(?:think|thinking|thought|reasoning|scratchpad)[>\]]|◁/think▷", re.IGNORECASE)
-_UNFINISHED_THINKING = re.compile(
-    r"(?:<|\[)(?:think|thinking|thought|reasoning|scratchpad)[>\]]|◁think▷", re.IGNORECASE
-)
+_UNFINISHED_THINKING = re.compile(r"(?:<|\[)think(?:ing)?[>\]]|◁think▷", re.IGNORECASE)
 _SPECIAL_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>|</?s>|<eos>|<pad>|<(?:start|end)_of_turn>")
 _END_OF_TURN = re.compile(
     r"(?<=\S)\s*(?:<\|(?:im_end|eot_id|endoftext|end|end_of_text|eom_id)\|>|</s>|<end_of_turn>|<eos>)"
@@ -135,7 +133,7 @@ _END_OF_TURN = re.compile(
 
 def _spoken(text: str) -> str:
     """What a solution says after its thinking, without special tokens. Thinking that does not end says nothing."""
-    if "<" in text or "[" in text or "◁" in text:
+    if "</" in text or "[/" in text or "think" in text or "<|" in text or "<e" in text:
         text = text.rpartition("<|channel|>final<|message|>")[2]
         text = text[max((match.end() for match in _THINKING.finditer(text)), default=0) :]
         if opened := _UNFINISHED_THINKING.search(text):
@@ -622,53 +620,42 @@ _OTHER_LANGUAGES = re.compile(
 
 
 def _find_answer_is(text: str) -> str | None:
-    spoken = not text.isascii()
-    if not spoken and not any(sign in text for sign in _SIGNS):
+    foreign = not text.isascii() or any(sign in text for sign in _FOREIGN_SIGNS)
+    said, chosen = any(sign in text for sign in _SAID_SIGNS), any(sign in text for sign in _CHOSEN_SIGNS)
+    if not (foreign or said or chosen or any(sign in text for sign in _LABEL_SIGNS)):
         return _lone_option(text)
     text = _without_marks(text)
-    found: dict[
-        int, tuple[bool, int]
-    ] = {}  # by where the answer would begin: a label or a sentence, and where a tag ends
-    for match in _ANSWER_LINE.finditer(text):
-        found[match.end()] = (True, 0)
-    if "#" in text:
-        found |= {match.end(): (True, 0) for match in _HEADING.finditer(text)}
-    if spoken or any(sign in text for sign in _SIGNS if sign != "#"):
-        marked = [
-            m for m in _ANSWER_IS.finditer(text) if not _SUPPOSED.search(text[max(0, m.start() - 40) : m.start()])
-        ]
-        found |= {match.end(): (False, 0) for match in marked}
-        if marked:
-            found |= {match.end(): (False, 0) for match in _CORRECTION.finditer(text, marked[0].end())}
-        found |= {match.end(): (False, 0) for match in _CHOSEN.finditer(text)}
-        if "<" in text:
-            found |= {match.end(): (False, match.end(1)) for match in _ANSWER_TAG.finditer(text)}
-    if spoken or any(sign in text for sign in _SIGNS[-5:]):
-        found |= {match.end(): (False, 0) for match in _OTHER_LANGUAGES.finditer(text)}
-    for start in sorted(found, reverse=True)[:MOST_MARKERS]:
-        label, tag = found[start]
-        answer = _leading_answer(text[start:tag].strip(), prose=True) if tag else _after_marker(text, start, label)
+    labels = [match.end() for match in _ANSWER_LINE.finditer(text)]
+    labels += [match.end() for match in _HEADING.finditer(text)] if "#" in text else []
+    sentences = _marked_sentences(text) if said or chosen else []
+    sentences += [match.end() for match in _CHOSEN.finditer(text)] if chosen else []
+    sentences += [match.end() for match in _OTHER_LANGUAGES.finditer(text)] if foreign else []
+    tags = {match.end(): match.end(1) for match in _ANSWER_TAG.finditer(text)} if said and "<" in text else {}
+    for start in sorted({*labels, *sentences, *tags}, reverse=True)[:MOST_MARKERS]:
+        if start in tags:
+            answer = _leading_answer(text[start : tags[start]].strip(), prose=True)
+        else:
+            answer = _after_marker(text, start, start in labels)
         if answer:
             return answer
     return _lone_option(text)
 
 
-_SIGNS = (
-    "nswer",
-    "NSWER",
-    "A:",
-    "A =",
-    "#",
-    "ption",
-    "hoice",
-    "choose",
-    "ns:",
-    "respuesta",
-    "Antwort",
-    "resposta",
-    "risposta",
-    "antwoord",
+def _marked_sentences(text: str) -> list[int]:
+    """Where the answers of sentences begin: of "the answer is", where it is not only supposed, and of corrections after it."""
+    marked = [
+        m.end() for m in _ANSWER_IS.finditer(text) if not _SUPPOSED.search(text[max(0, m.start() - 40) : m.start()])
+    ]
+    return marked + ([match.end() for match in _CORRECTION.finditer(text, marked[0])] if marked else [])
+
+
+#: Texts without these signs have no marker: most of them are told apart without a search.
+_SAID_SIGNS, _CHOSEN_SIGNS, _LABEL_SIGNS = (
+    ("nswer", "NSWER"),
+    ("ption", "hoice", "choose", "ns:", "选"),
+    ("A:", "A =", "#"),
 )
+_FOREIGN_SIGNS = ("respuesta", "Antwort", "resposta", "risposta", "antwoord")
 
 
 def _lone_option(text: str) -> str | None:
