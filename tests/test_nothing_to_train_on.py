@@ -229,6 +229,14 @@ def test_trainers_ignore_no_column_that_a_model_should_read(tmp_path, tokenizer)
     demonstration = {"prompt": "2+2?", "completion": " 4", "system": "Be terse."}
     with pytest.raises(RecordError, match="train data set, row 0: system = 'Be terse.' must be in the prompt"):
         sft(tmp_path, tokenizer, [demonstration])
+    with pytest.raises(RecordError, match="row 0: tools need a chat template"):
+        sft(tmp_path, tokenizer, [demonstration | {"system": "", "tools": json.dumps([{"name": "x"}])}])
+    chat = byte_level_tokenizer(chat=True)
+    talk = {"messages": [*QUESTION, {"role": "assistant", "content": "4"}]}
+    with pytest.raises(RecordError, match="row 0: the chat template does not read enable_thinking"):
+        sft(tmp_path, chat, [talk | {"chat_template_kwargs": {"enable_thinking": False}}])
+    for text in ("{}", ""):
+        sft(tmp_path, chat, [talk | {"chat_template_kwargs": text}])
     with pytest.raises(RecordError, match="tools need a chat template"):
         dpo(tmp_path, tokenizer, [row | {"system": "", "tools": json.dumps([{"name": "x"}])}])
 

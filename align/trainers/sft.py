@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..errors import ConfigError, RecordError
 from ..processes import check_group
-from ..prompts import READ_COLUMNS, check_used, without_nulls
+from ..prompts import READ_COLUMNS, check_template, check_used, template_arguments, template_columns, without_nulls
 from ..records import row_name
 from ..safety import no_pickles
 from .longest import LongestBatch, collate, longest_rows, row_id
@@ -69,7 +69,7 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
         if not names:
             raise RecordError(f"{dataset_name} data set: there are no rows in it; give some")
         if "input_ids" not in names and formatting_func is None:
-            dataset = _as_given(dataset, names, dataset_name, args.dataset_text_field)
+            dataset = _as_given(dataset, names, dataset_name, args.dataset_text_field, processing_class)
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         self.data_report[dataset_name] = (
             {} if packing else _count_dropped(dataset, prepared, dataset_name, args.max_length)
@@ -91,7 +91,9 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
         return [LongestBatch(inputs, found)]
 
 
-def _as_given(dataset: Dataset | IterableDataset, names: list[str], name: str, text: str) -> Dataset | IterableDataset:
+def _as_given(
+    dataset: Dataset | IterableDataset, names: list[str], name: str, text: str, tokenizer: Any
+) -> Dataset | IterableDataset:
     """Rows without the nulls that Arrow puts into messages and tools; see `align.prompts`. TRL renders them.
 
     Args:
@@ -100,24 +102,32 @@ def _as_given(dataset: Dataset | IterableDataset, names: list[str], name: str, t
         text: the column of plain text.
 
     Raises:
-        RecordError: a column that a model should read is not in its text.
+        RecordError: a column that a model should read is not in its text, or not in its chat template.
     """
     rendered = [column for column in _RENDERED if column in names]
     nested = [column for column in rendered if dataset.features is None or _may_have_gaps(dataset.features[column])]
-    if not nested and not set(names) & set(READ_COLUMNS):
+    arguments = [column for column in ("tools", "chat_template_kwargs") if column in names]
+    if not nested and not arguments and not set(names) & set(READ_COLUMNS):
         return dataset
 
     def plain(row: dict[str, Any], index: int) -> dict[str, Any]:
-        texts = [row.get(column) for column in (*_PROMPTS, text)]
-        check_used(row, texts, f"{name} data set, {row_name(row, index)}")
+        where = f"{name} data set, {row_name(row, index)}"
+        prompt = next((row[column] for column in (*_PROMPTS, text) if row.get(column) is not None), None)
+        check_used(row, prompt, where)
+        template = template_arguments({**row, "prompt": prompt}, where)
+        if template and getattr(tokenizer, "chat_template", None):
+            source = tokenizer.get_chat_template(template.get("chat_template"), template.get("tools"))
+            check_template(source, template, where)
+        kept = template_columns(row, where).get("chat_template_kwargs", {})
         found = {column: without_nulls(row[column]) for column in nested}
-        return found | ({"chat_template_kwargs": {}} if found.get("chat_template_kwargs", 0) is None else {})
+        return found | ({"chat_template_kwargs": kept} if "chat_template_kwargs" in names else {})
 
     if isinstance(dataset, IterableDataset):
         return dataset.map(plain, with_indices=True)
     # As JSON, or Arrow would put the nulls back.
-    features = Features({**dataset.features, **{column: _json_feature(dataset.features[column]) for column in nested}})
-    return dataset.map(plain, with_indices=True, features=features, desc=f"Reading {name} dataset")
+    features = dict(dataset.features) | {column: _json_feature(dataset.features[column]) for column in nested}
+    features |= {"chat_template_kwargs": Json()} if "chat_template_kwargs" in names else {}
+    return dataset.map(plain, with_indices=True, features=Features(features), desc=f"Reading {name} dataset")
 
 
 def _may_have_gaps(feature: Any) -> bool:
