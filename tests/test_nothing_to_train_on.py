@@ -151,13 +151,11 @@ def test_demonstrations_with_nothing_to_train_on(tmp_path, tokenizer):
     rows = [{"prompt": "Tom has 7 pens.\n", "completion": "9"}, {"prompt": "How many? " * 20, "completion": "8"}]
     trainer = sft(tmp_path, tokenizer, rows, max_length=20)
     assert len(trainer.train_dataset) == 1
-    assert trainer.data_report == {"train": {"rows": 2, "nothing_to_train_on": 1}}
+    assert trainer.data_report == {"train": {"rows": 2, "prompt_fills_max_length": 1}}
     for train, held_out in ((rows[1:], None), (rows[:1], rows[1:])):
-        with pytest.raises(
-            RecordError, match=f"{'eval' if held_out else 'train'} data set: truncation to max_length = 20"
-        ):
+        with pytest.raises(RecordError, match=f"{'eval' if held_out else 'train'} data set: .*max_length = 20"):
             sft(tmp_path, tokenizer, train, held_out and Dataset.from_list(held_out), max_length=20)
-    with pytest.raises(RecordError, match="truncation to max_length = 20 leaves no token"):
+    with pytest.raises(RecordError, match="max_length = 20 leaves no token"):
         sft(tmp_path, tokenizer, IterableDataset.from_generator(lambda: iter(rows[1:])), max_length=20)
 
 

@@ -150,14 +150,14 @@ def _count_dropped(dataset: Any, prepared: Any, name: str, max_length: int | Non
     """
     if next(iter(prepared), None) is None:
         raise RecordError(
-            f"{name} data set: truncation to max_length = {max_length} leaves no token to train on in any row; raise max_length"
+            f"{name} data set: max_length = {max_length} leaves no token to train on in any row; raise max_length"
         )
     if isinstance(dataset, IterableDataset):
         return {}
     dropped = len(dataset) - len(prepared)
     if dropped:
         logger.warning(
-            f"{name} data set: {dropped} of {len(dataset)} rows dropped: truncation to max_length = {max_length} leaves them no "
+            f"{name} data set: {dropped} of {len(dataset)} rows dropped: max_length = {max_length} leaves them no "
             "token to train on"
         )
-    return {"rows": len(dataset), "nothing_to_train_on": dropped}
+    return {"rows": len(dataset), "prompt_fills_max_length": dropped}
