@@ -12,8 +12,10 @@
 | `chat_template_kwargs` option | error | below the row's own, key by key | below the row's own, key by key |
 | `image`, `images`, `video`, `videos`, `audio`, `audios` | error | error | error |
 
-A column whose text is already in the prompt is no error: some data sets keep the rendered prompt beside its parts. A
+A column whose text is already in the prompt is not an error: some data sets keep the rendered prompt beside its parts. A
 template must read the arguments that it gets. Columns of other names are not a prompt's, and are left as they are.
+Commands and `load_problems` apply the table. Trainers take prompts as TRL does; they apply `tools` and
+`chat_template_kwargs`, and refuse the other columns where their text is not in the prompt.
 
 **A key without a value is a key that is missing.** Arrow (Parquet, `datasets`) gives all objects of a column the same
 keys and fills the gaps with null, so a null that was written and one that was filled in cannot be told apart. In messages,
@@ -107,7 +109,7 @@ def phrase(row: Mapping[str, Any], prompt: Any, name: str, how: Phrasing, column
             f"{name}: prompt_template needs text, and the prompt is messages; leave the option out, or give the prompt as text"
         )
     prompt = _with_system(row, without_nulls(prompt), name, how.system_prompt)
-    found = _template_columns(row, name, how.chat_template_kwargs)
+    found = template_columns(row, name, how.chat_template_kwargs)
     if found and isinstance(prompt, str):
         raise ConfigError(
             f"{name}: {' and '.join(found)} need a chat template, and the prompt is text; set chat, or give messages"
@@ -160,7 +162,7 @@ def _with_system(row: Mapping[str, Any], prompt: Any, name: str, option: str | N
     return [*({"role": "system", "content": text} for text in wanted), *prompt]
 
 
-def _template_columns(row: Mapping[str, Any], name: str, option: Mapping[str, Any] | None) -> Record:
+def template_columns(row: Mapping[str, Any], name: str, option: Mapping[str, Any] | None = None) -> Record:
     """The columns `tools` and `chat_template_kwargs` of a row, where they hold anything; its own keys win over the option's."""
     arguments = {**(option or {}), **_json(row, "chat_template_kwargs", Mapping, name)}
     _check_arguments(arguments, f"{name}: chat_template_kwargs", RecordError)
@@ -180,7 +182,7 @@ def template_arguments(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     Raises:
         RecordError: they are something else, or the row's `prompt` is text, which no template renders.
     """
-    found = _template_columns(row, name, None)
+    found = template_columns(row, name)
     if found and isinstance(row.get("prompt"), str):
         raise RecordError(
             f"{name}: {' and '.join(found)} need a chat template, and the prompt is text; give messages, or remove the column"

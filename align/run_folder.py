@@ -29,7 +29,6 @@ DROPS = {
     "prompt_fills_max_length": "prompts that fill max_length and leave no room for a completion",
     "equal": "chosen and rejected are equal",
     "equal_after_truncation": "chosen and rejected are equal after truncation to max_length",
-    "nothing_to_train_on": "no token to train on after truncation to max_length",
     "empty": "nothing in the completion",
     "completions_empty": "completions without a token",
     "completions_no_answer": "completions without an answer",

@@ -151,13 +151,11 @@ def test_demonstrations_with_nothing_to_train_on(tmp_path, tokenizer):
     rows = [{"prompt": "Tom has 7 pens.\n", "completion": "9"}, {"prompt": "How many? " * 20, "completion": "8"}]
     trainer = sft(tmp_path, tokenizer, rows, max_length=20)
     assert len(trainer.train_dataset) == 1
-    assert trainer.data_report == {"train": {"rows": 2, "nothing_to_train_on": 1}}
+    assert trainer.data_report == {"train": {"rows": 2, "prompt_fills_max_length": 1}}
     for train, held_out in ((rows[1:], None), (rows[:1], rows[1:])):
-        with pytest.raises(
-            RecordError, match=f"{'eval' if held_out else 'train'} data set: truncation to max_length = 20"
-        ):
+        with pytest.raises(RecordError, match=f"{'eval' if held_out else 'train'} data set: .*max_length = 20"):
             sft(tmp_path, tokenizer, train, held_out and Dataset.from_list(held_out), max_length=20)
-    with pytest.raises(RecordError, match="truncation to max_length = 20 leaves no token"):
+    with pytest.raises(RecordError, match="max_length = 20 leaves no token"):
         sft(tmp_path, tokenizer, IterableDataset.from_generator(lambda: iter(rows[1:])), max_length=20)
 
 
@@ -229,6 +227,14 @@ def test_trainers_ignore_no_column_that_a_model_should_read(tmp_path, tokenizer)
     demonstration = {"prompt": "2+2?", "completion": " 4", "system": "Be terse."}
     with pytest.raises(RecordError, match="train data set, row 0: system = 'Be terse.' must be in the prompt"):
         sft(tmp_path, tokenizer, [demonstration])
+    with pytest.raises(RecordError, match="row 0: tools need a chat template"):
+        sft(tmp_path, tokenizer, [demonstration | {"system": "", "tools": json.dumps([{"name": "x"}])}])
+    chat = byte_level_tokenizer(chat=True)
+    talk = {"messages": [*QUESTION, {"role": "assistant", "content": "4"}]}
+    with pytest.raises(RecordError, match="row 0: the chat template does not read enable_thinking"):
+        sft(tmp_path, chat, [talk | {"chat_template_kwargs": {"enable_thinking": False}}])
+    for text in ("{}", ""):
+        sft(tmp_path, chat, [talk | {"chat_template_kwargs": text}])
     with pytest.raises(RecordError, match="tools need a chat template"):
         dpo(tmp_path, tokenizer, [row | {"system": "", "tools": json.dumps([{"name": "x"}])}])
 

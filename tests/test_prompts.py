@@ -85,6 +85,10 @@ def test_tools_of_a_problem_are_in_its_prompt(tmp_path, qwen3):
             SampleConfig(max_new_tokens=2),
         )
         assert read_records(tmp_path / "out.jsonl")[0]["prompt_ids"] == rendered(qwen3, QUESTION, tools=tools)
+    solved = put(tmp_path / "solved.jsonl", [{"prompt": QUESTION, "answer": "4", "solution": "4", "tools": tools}])
+    (row,) = load_demonstrations(solved, qwen3)
+    whole = qwen3.apply_chat_template([*QUESTION, *turn("4")], tokenize=False, tools=tools)
+    assert qwen3.decode(row["prompt_ids"] + row["completion_ids"]) == whole
     with pytest.raises(ConfigError, match="row 0: tools need a chat template, and the prompt is text; set chat"):
         load_problems(source)
 
@@ -268,7 +272,7 @@ def test_parquet_gives_objects_back_as_they_were(tmp_path):
     )
     # Objects whose keys differ only between groups of rows.
     rows = [
-        {"id": str(i), "m": {"a": 1} if i <= ROWS_PER_GROUP else {"b": [2, None]}} for i in range(ROWS_PER_GROUP + 2)
+        {"id": str(i), "m": {"a": 1} if i < ROWS_PER_GROUP else {"b": [2, None]}} for i in range(ROWS_PER_GROUP + 2)
     ]
     write_records(tmp_path / "b.parquet", rows)
     assert read_records(tmp_path / "b.parquet") == rows

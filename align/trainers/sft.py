@@ -12,7 +12,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from ..errors import ConfigError, RecordError
 from ..processes import check_group
-from ..prompts import READ_COLUMNS, check_used, template_arguments, without_nulls
+from ..prompts import READ_COLUMNS, check_template, check_used, template_arguments, template_columns, without_nulls
 from ..records import row_name
 from ..safety import no_pickles
 from ..tokens import CompletionRule, encode_row
@@ -80,7 +80,7 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
         if "input_ids" in names:
             self._rule.check_unused(f"{dataset_name} data set")
         elif formatting_func is None:
-            dataset = _as_given(dataset, names, dataset_name, args.dataset_text_field)
+            dataset = _as_given(dataset, names, dataset_name, args.dataset_text_field, processing_class)
             # Masks of a template's own, transforms and processors of images are TRL's matter.
             ours = not (self._rule.trl or args.assistant_only_loss) and hasattr(processing_class, "pad_token")
             custom = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
@@ -124,7 +124,9 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
         return [LongestBatch(inputs, found)]
 
 
-def _as_given(dataset: Dataset | IterableDataset, names: list[str], name: str, text: str) -> Dataset | IterableDataset:
+def _as_given(
+    dataset: Dataset | IterableDataset, names: list[str], name: str, text: str, tokenizer: Any
+) -> Dataset | IterableDataset:
     """Rows without the nulls that Arrow puts into messages and tools; see `align.prompts`. TRL renders them.
 
     Args:
@@ -133,24 +135,32 @@ def _as_given(dataset: Dataset | IterableDataset, names: list[str], name: str, t
         text: the column of plain text.
 
     Raises:
-        RecordError: a column that a model should read is not in its text.
+        RecordError: a column that a model should read is not in its text, or not in its chat template.
     """
     rendered = [column for column in _RENDERED if column in names]
     nested = [column for column in rendered if dataset.features is None or _may_have_gaps(dataset.features[column])]
-    if not nested and not set(names) & set(READ_COLUMNS):
+    arguments = [column for column in ("tools", "chat_template_kwargs") if column in names]
+    if not nested and not arguments and not set(names) & set(READ_COLUMNS):
         return dataset
 
     def plain(row: dict[str, Any], index: int) -> dict[str, Any]:
-        texts = [row.get(column) for column in (*_PROMPTS, text)]
-        check_used(row, texts, f"{name} data set, {row_name(row, index)}")
+        where = f"{name} data set, {row_name(row, index)}"
+        prompt = next((row[column] for column in (*_PROMPTS, text) if row.get(column) is not None), None)
+        check_used(row, prompt, where)
+        template = template_arguments({**row, "prompt": prompt}, where)
+        if template and getattr(tokenizer, "chat_template", None):
+            source = tokenizer.get_chat_template(template.get("chat_template"), template.get("tools"))
+            check_template(source, template, where)
+        kept = template_columns(row, where).get("chat_template_kwargs", {})
         found = {column: without_nulls(row[column]) for column in nested}
-        return found | ({"chat_template_kwargs": {}} if found.get("chat_template_kwargs", 0) is None else {})
+        return found | ({"chat_template_kwargs": kept} if "chat_template_kwargs" in names else {})
 
     if isinstance(dataset, IterableDataset):
         return dataset.map(plain, with_indices=True)
     # As JSON, or Arrow would put the nulls back.
-    features = Features({**dataset.features, **{column: _json_feature(dataset.features[column]) for column in nested}})
-    return dataset.map(plain, with_indices=True, features=features, desc=f"Reading {name} dataset")
+    features = dict(dataset.features) | {column: _json_feature(dataset.features[column]) for column in nested}
+    features |= {"chat_template_kwargs": Json()} if "chat_template_kwargs" in names else {}
+    return dataset.map(plain, with_indices=True, features=Features(features), desc=f"Reading {name} dataset")
 
 
 def _may_have_gaps(feature: Any) -> bool:
@@ -173,14 +183,14 @@ def _count_dropped(dataset: Any, prepared: Any, name: str, max_length: int | Non
     """
     if next(iter(prepared), None) is None:
         raise RecordError(
-            f"{name} data set: truncation to max_length = {max_length} leaves no token to train on in any row; raise max_length"
+            f"{name} data set: max_length = {max_length} leaves no token to train on in any row; raise max_length"
         )
     if isinstance(dataset, IterableDataset):
         return {}
     dropped = len(dataset) - len(prepared)
     if dropped:
         logger.warning(
-            f"{name} data set: {dropped} of {len(dataset)} rows dropped: truncation to max_length = {max_length} leaves them no "
+            f"{name} data set: {dropped} of {len(dataset)} rows dropped: max_length = {max_length} leaves them no "
             "token to train on"
         )
-    return {"rows": len(dataset), "nothing_to_train_on": dropped}
+    return {"rows": len(dataset), "prompt_fills_max_length": dropped}

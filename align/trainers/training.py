@@ -128,8 +128,8 @@ def train_sft(
 
     Returns:
         `steps`, `train_loss`, `train_runtime` in seconds since the last start, `rows` that were trained on,
-        and those that were dropped: `prompt_fills_max_length`, and where there are any `equal`, `equal_after_truncation`,
-        `nothing_to_train_on`; empty where the output was complete already, whose manifest has them.
+        and those that were dropped: `prompt_fills_max_length`, and where there are any `equal` and
+        `equal_after_truncation`; empty where the output was complete already, whose manifest has them.
 
     Raises:
         ConfigError: an unknown field, or `out_dir` holds something else.
@@ -278,7 +278,9 @@ def _train_alone(
         result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(working / "final"))
     by_trainer = {
-        reason: n for reason, n in trainer.data_report["train"].items() if n and reason not in ("rows", "truncated")
+        reason: n
+        for reason, n in trainer.data_report.get("train", {}).items()
+        if n and reason not in ("rows", "truncated")
     }
     counts = {
         "steps": result.global_step,
