@@ -213,7 +213,7 @@ def test_sft_has_the_same_ids_from_rows_with_gaps(tmp_path, qwen3, form):  # noq
         wanted.append(qwen3(text, add_special_tokens=False)["input_ids"])
     union = Dataset.from_list(rows)
     for dataset in (rows, union.to_iterable_dataset()):
-        trainer = sft(tmp_path, qwen3, dataset, max_length=None)
+        trainer = sft(tmp_path, qwen3, dataset, max_length=None, trl_completions=True)
         assert [list(row["input_ids"]) for row in trainer.train_dataset] == wanted
 
 

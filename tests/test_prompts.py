@@ -88,7 +88,7 @@ def test_tools_of_a_problem_are_in_its_prompt(tmp_path, qwen3):
     solved = put(tmp_path / "solved.jsonl", [{"prompt": QUESTION, "answer": "4", "solution": "4", "tools": tools}])
     (row,) = load_demonstrations(solved, qwen3)
     whole = qwen3.apply_chat_template([*QUESTION, *turn("4")], tokenize=False, tools=tools)
-    assert qwen3.decode(row["prompt_ids"] + row["completion_ids"]) == whole
+    assert qwen3.decode(row["prompt_ids"] + row["completion_ids"]) == whole.rstrip("\n")
     with pytest.raises(ConfigError, match="row 0: tools need a chat template, and the prompt is text; set chat"):
         load_problems(source)
 
