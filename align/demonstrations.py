@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, MissingColumnError, RecordError
 from .problems import load_problems
-from .records import Record, check_records, read_records, row_name
+from .records import ENDINGS, Record, check_records, file_format, read_records, row_name
 from .stages import records_hash, run_in_parts
 from .tokens import encode_completion, encode_prompt
 
@@ -81,7 +81,7 @@ def load_demonstrations(source: str, tokenizer: PreTrainedTokenizerBase, **optio
     Raises:
         MissingColumnError, RecordError: a row has no solution, or ids that cannot be.
     """
-    if os.path.splitext(source)[1] in (".jsonl", ".parquet") and os.path.isfile(source):
+    if file_format(source)[0] in ENDINGS and os.path.isfile(source):
         rows = read_records(source)
         if rows and "completion_ids" in rows[0]:
             if (limit := options.get("limit")) is not None and limit < 1:
