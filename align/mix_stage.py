@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from .contexts import OwnTokens, draw_contexts, mixed_row
 from .mix import IGNORED, Example, epsilon_at
+from .positions import check_positions, position_limit
 from .rac import CorrectionSettings, draw_corrections
-from .records import Record, check_records
+from .records import Record, check_records, row_name
 from .stages import parts_of, records_hash, run_in_parts
 from .tokens import check_row_ids
 
@@ -98,7 +99,8 @@ def mix_rac(
         return {name: sum(row[name] for row in rows) for name in ("matches", "kept")} | unended
 
     depends = {"seed": seed, **asdict(config), **(settings or {})}
-    return _run(model, demonstrations, out_path, draw, "mix rac", depends, count)
+    longest = config.max_new_tokens if config.generates else 0
+    return _run(model, demonstrations, out_path, draw, "mix rac", depends, count, longest)
 
 
 def _run(
@@ -109,12 +111,18 @@ def _run(
     stage: str,
     settings: dict[str, Any],
     count: Callable[[list[Record]], dict[str, int]],
+    drawn: int | None = None,
 ) -> dict[str, Any]:
+    """`drawn`: tokens that are drawn after a prompt; `None` where tokens are drawn in place of the completion's."""
     from .models import vocab_size
 
     check_records(demonstrations, "demonstration", source="demonstrations")
+    limit = position_limit(model)
     for index, row in enumerate(demonstrations):
         check_row_ids(row, index, ("prompt_ids", "completion_ids"), vocab_size(model))
+        tokens = len(row["prompt_ids"]) + (len(row["completion_ids"]) if drawn is None else drawn)
+        what, remedy = ("completion", "remove the row") if drawn is None else ("max_new_tokens", "lower max_new_tokens")
+        check_positions(tokens, limit, f"demonstrations, {row_name(row, index)}: prompt and {what}", remedy)
 
     def compute(_number: int, part: range) -> list[Record]:
         rows = demonstrations[part.start : part.stop]
