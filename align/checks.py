@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -124,11 +125,21 @@ def _declared(owner: Any, key: str) -> tuple[Any, Any]:
         field = {field.name: field for field in fields(owner)}.get(key)
         hint, default = get_type_hints(owner).get(key, Any), getattr(field, "default", None)
         return hint, default
-    parameter = signature(owner).parameters.get(key)
-    try:
-        return eval(str(parameter.annotation), owner.__globals__), parameter.default  # noqa: S307 (our own annotations)
-    except (AttributeError, NameError, SyntaxError):
-        return Any, None
+    hints = get_type_hints(owner, localns=_Unimported(owner.__globals__))
+    return hints.get(key, Any), signature(owner).parameters[key].default
+
+
+class _Unimported(dict):
+    """Names that a module has for type checkers alone stand for anything."""
+
+    def __init__(self, names: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __missing__(self, name: str) -> Any:
+        if name in self.names or hasattr(builtins, name):
+            raise KeyError(name)
+        return Any
 
 
 #: Stands for text where transformers takes a mapping also as JSON, or as the name of a file of it.

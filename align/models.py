@@ -269,7 +269,7 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftMo
             raise
         except Exception as error:  # noqa: BLE001 - as of a model's
             if damage := folder_damage(path, "adapter"):
-                raise ModelLoadError(f"adapter {path}: {damage}; fetch it again, or train it again") from error
+                raise ModelMismatchError(f"adapter {path}: {damage}; fetch it again, or train it again") from error
             reason = str(error).strip().splitlines()
             raise ModelMismatchError(
                 f"adapter {path} does not fit the base {model.config._name_or_path}: {' '.join(reason[:3])}; "

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 #: Settings of an adapter that name layers, or weights.
 NAMING = ("target_modules", "modules_to_save", "target_parameters")
 
+#: What PEFT's own layers are called within those that they wrap.
+_OF_PEFT = ("base_layer", "default", "original_module", "modules_to_save")
+
 
 def named_layers(config: PeftConfig | None) -> dict[str, set[str]]:
     """Per setting, the layers that a configuration names; patterns and `all-linear` are PEFT's to match."""
@@ -47,7 +50,8 @@ def _found(name: str, there: Iterable[str]) -> bool:
 
 def _last_names(there: Iterable[str]) -> list[str]:
     """What the layers are called in their blocks, numbers left out."""
-    return sorted({name.rpartition(".")[2] for name in there if name and not name.rpartition(".")[2].isdecimal()})[:20]
+    last = {name.rpartition(".")[2] for name in there if name}
+    return sorted(name for name in last if not (name.isdecimal() or name in _OF_PEFT or name.startswith("lora_")))[:40]
 
 
 @contextmanager

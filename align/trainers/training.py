@@ -75,6 +75,8 @@ def _arguments(cls: type, args: Mapping[str, Any], out_dir: Path, where: str = "
     known = {field.name for field in dataclasses.fields(cls) if field.init}
     if unknown := sorted(set(args) - known):
         raise ConfigError(f"{where}: {', '.join(unknown)}: no field of {cls.__name__}; correct the name or remove it")
+    if "output_dir" in args:
+        raise ConfigError(f"{where}: output_dir is the folder that the training is given; leave it out")
     args = fitted(cls, args, where)
     if process_state().device.type == "cpu":
         args = {"use_cpu": True, "dataloader_pin_memory": False, **args}
@@ -88,6 +90,8 @@ def _lora(lora: Mapping[str, Any] | None, where: str = "lora") -> LoraConfig | N
     known = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
     if unknown := sorted(set(lora) - known):
         raise ConfigError(f"{where}: {', '.join(unknown)}: no field of LoraConfig; correct the name or remove it")
+    if lora.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
+        raise ConfigError(f"{where}: task_type = {lora['task_type']!r} must be 'CAUSAL_LM'; leave it out")
     # PEFT declares lora_alpha as a whole number, and takes any.
     checked = {key: value for key, value in lora.items() if key != "lora_alpha" or type(value) is not float}
     return _made(LoraConfig, {"task_type": "CAUSAL_LM", **lora, **fitted(LoraConfig, checked, where)}, where)
