@@ -123,8 +123,11 @@ def _declared(owner: Any, key: str) -> tuple[Any, Any]:
     """The type and the default of a dataclass's field or a function's parameter; `Any` where none is known."""
     if isinstance(owner, type):
         field = {field.name: field for field in fields(owner)}.get(key)
-        hint, default = get_type_hints(owner).get(key, Any), getattr(field, "default", None)
-        return hint, default
+        try:
+            hint = get_type_hints(owner).get(key, Any)
+        except NameError:  # a class of a notebook, with types that only its cell has
+            hint = Any
+        return hint, getattr(field, "default", None)
     hints = get_type_hints(owner, localns=_Unimported(owner.__globals__))
     return hints.get(key, Any), signature(owner).parameters[key].default
 

@@ -326,6 +326,8 @@ class RecordFile(Rows):
             else:
                 check_records(rows, kind, source=str(source))
                 self.kind = kind
+                if not len(self._rows):
+                    raise RecordError(f"{source}: there are no rows in it; name a file of {kind} records that has some")
         except OSError as error:
             if isinstance(error, RecordFileError):
                 raise

@@ -191,3 +191,12 @@ def test_help_and_messages_have_one_list_of_endings():
     for command in (["sample"], ["tokenize"], ["trace"], ["mix", "bash"], ["mix", "rac"]):
         said = "".join(CliRunner().invoke(app, [*command, "--help"]).output.replace("│", "").split())
         assert "".join(READABLE.split()) in said, command
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_stages_refuse_a_file_without_rows(tmp_path, content):
+    (tmp_path / "in.jsonl").write_text(content)
+    for words in (["verify"], ["score", "reference", "--model", "nowhere"], ["score", "rollout", "--model", "nowhere"]):
+        done = CliRunner().invoke(app, [*words, str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")])
+        assert isinstance(done.exception, RecordError) and "in.jsonl: there are no rows in it" in str(done.exception)
+    assert not (tmp_path / "out.jsonl").exists()

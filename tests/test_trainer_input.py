@@ -396,3 +396,13 @@ def test_half_an_adapter_is_named_by_its_file(tmp_path, trained, spoil, words):
     spoil(adapter)
     with pytest.raises(AlignError, match=words):
         load_adapters(tiny_llama(), {"default": str(adapter)})
+
+
+def test_a_configuration_with_types_that_only_its_cell_knows(tmp_path):
+    from dataclasses import dataclass
+
+    @dataclass
+    class Own(TokenDPOConfig):
+        knob: "Unknown" = None  # noqa: F821 (as in a notebook)
+
+    assert Own(output_dir=str(tmp_path), use_cpu=True, report_to="none", knob=3).knob == 3
