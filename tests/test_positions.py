@@ -234,3 +234,19 @@ def test_rotary_models_go_beyond_their_configuration(tmp_path, model_dir):
     TokenDPOTrainer(
         model, args=settings(tmp_path, TokenDPOConfig), train_dataset=pairs, processing_class=byte_level_tokenizer()
     )
+
+
+def test_a_stream_of_pairs_is_refused_at_the_batch(tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter(rows(70)))
+    trainer = TokenDPOTrainer(
+        load_model(_saved(tmp_path), dtype="float32"), args=settings(tmp_path / "out", TokenDPOConfig, max_steps=2),
+        train_dataset=stream, processing_class=byte_level_tokenizer(),
+    )  # fmt: skip
+    with pytest.raises(RecordError, match="the longest row of a batch = 70 tokens must be at most 64"):
+        trainer.train()
+
+
+def _saved(tmp_path) -> str:
+    model_of("GPT2", **GPT2).save_pretrained(tmp_path / "gpt2")
+    byte_level_tokenizer().save_pretrained(tmp_path / "gpt2")
+    return str(tmp_path / "gpt2")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from inspect import signature
 from typing import Any
 
@@ -13,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..checks import fit_fields
 from ..errors import ConfigError, RecordError
-from ..positions import check_positions, position_limit
+from ..positions import check_positions
 from ..processes import check_group
 from ..safety import no_pickles
 from .adapters import check_layers, checked_layers
@@ -92,10 +91,6 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
             tokens = inputs["input_ids"].shape[1]
             check_positions(tokens, self._positions, "the longest row of a batch", "set max_length to it or less")
         return super().compute_loss(model, inputs, *others, **kwargs)
-
-    @cached_property
-    def _positions(self) -> int | None:
-        return position_limit(self.model)
 
     def _why_no_preflight(self) -> str | None:
         if isinstance(self.train_dataset, Dataset) and "input_ids" not in self.train_dataset.column_names:

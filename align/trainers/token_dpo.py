@@ -18,6 +18,7 @@ from ..checks import fit_fields
 from ..errors import ConfigError
 from ..losses import weighted_logps
 from ..models import keep_trainable, load_tokenizer, vocab_size
+from ..positions import check_positions
 from ..processes import check_group
 from ..safety import no_pickles
 from ..tokens import label_values, pad_rows, shift_to_labels, truncate
@@ -330,6 +331,10 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         return torch.cat(self.token_weights(*sides))
 
     def _compute_loss(self, model, inputs, return_outputs):
+        if self._positions is not None:  # rows of a stream are not known before
+            tokens = int(inputs["attention_mask"].sum(1).max())
+            remedy = f"set max_length to {self._positions} or less"
+            check_positions(tokens, self._positions, "the longest row of a batch", remedy)
         return self._loss(partial(self._layout, model), inputs, return_outputs)
 
     def _loss(self, call: Callable[..., Any], inputs: dict[str, Any], return_outputs: bool):
