@@ -200,3 +200,14 @@ def test_stages_refuse_a_file_without_rows(tmp_path, content):
         done = CliRunner().invoke(app, [*words, str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")])
         assert isinstance(done.exception, RecordError) and "in.jsonl: there are no rows in it" in str(done.exception)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_files_at_an_address(tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for name, content in (("a.jsonl.gz", gzip.compress(TEXTS[".jsonl"].encode())), ("a.CSV", TEXTS[".csv"].encode())):
+        memory.pipe(f"/rows/{name}", content)
+        assert [dict(row) for row in load_rows(f"memory://rows/{name}")] == ROWS
+    with pytest.raises(RecordFileError, match="memory://rows/b.csv: cannot be read"):
+        load_rows("memory://rows/b.csv")

@@ -134,7 +134,8 @@ def test_layers_that_an_adapter_names_and_the_model_lacks(tmp_path, name, settin
 
 def test_layers_that_are_there(tmp_path):
     for settings in ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, {"target_modules": "all-linear"},
-                     {"target_modules": ["self_attn.v_proj"]}, {"target_modules": r".*\.mlp\..*_proj"}, {}):  # fmt: skip
+                     {"target_modules": ["self_attn.v_proj"]}, {"target_parameters": ["q_proj.weight"], "target_modules": ["v_proj"]}, {"target_modules": r".*\.mlp\..*_proj"}, {},
+                     {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}):  # fmt: skip
         build(tmp_path, "sft", TEXT, peft=LoraConfig(task_type="CAUSAL_LM", r=2, **settings))
 
 

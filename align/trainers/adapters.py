@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 #: Settings of an adapter that name layers, or weights.
 NAMING = ("target_modules", "modules_to_save", "target_parameters")
 
-#: What PEFT's own layers are called within those that they wrap.
-_OF_PEFT = ("base_layer", "default", "original_module", "modules_to_save")
+#: Where PEFT puts a layer's own weights; the layer keeps its name.
+_WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save(\.\w+)?)(?=\.|$)")
 
 
 def named_layers(config: PeftConfig | None) -> dict[str, set[str]]:
@@ -32,9 +33,8 @@ def named_layers(config: PeftConfig | None) -> dict[str, set[str]]:
 def check_layers(model: torch.nn.Module, named: Mapping[str, set[str]], where: str = "lora") -> None:
     """Raises a ConfigError where no layer of a model has a name that an adapter's settings have."""
     base = base_model(model)
-    # PEFT puts a layer's own weights into `base_layer`, `original_module` and the like; the layer keeps its name.
-    modules = {name for name, _ in base.named_modules()}
-    weights = {name for name, _ in base.named_parameters()}
+    modules = {_WRAPPED.sub("", name) for name, _ in base.named_modules()}
+    weights = {_WRAPPED.sub("", name) for name, _ in base.named_parameters()}
     for setting, names in named.items():
         there = weights if setting == "target_parameters" else modules
         if missing := sorted(name for name in names if not _found(name, there)):
@@ -51,7 +51,7 @@ def _found(name: str, there: Iterable[str]) -> bool:
 def _last_names(there: Iterable[str]) -> list[str]:
     """What the layers are called in their blocks, numbers left out."""
     last = {name.rpartition(".")[2] for name in there if name}
-    return sorted(name for name in last if not (name.isdecimal() or name in _OF_PEFT or name.startswith("lora_")))[:40]
+    return sorted(name for name in last if not (name.isdecimal() or name == "default" or name.startswith("lora_")))[:40]
 
 
 @contextmanager
