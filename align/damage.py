@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from .errors import AlignError, ModelLoadError
 
 #: Files of which one holds a tokenizer's vocabulary.
 VOCABULARIES = (
@@ -62,6 +67,22 @@ def folder_damage(path: str | os.PathLike, what: str) -> str | None:
         missing = _missing_of_model(folder)
     damaged = ((file, file_damage(file)) for file in sorted(files) if file.is_file())
     return missing or next((f"{file.name} {damage}" for file, damage in damaged if damage), None)
+
+
+@contextmanager
+def whole_folders(*models: Any) -> Iterator[None]:
+    """Makes a ModelLoadError of a library's error where the folder of a model, given by its name, is not whole."""
+    try:
+        yield
+    except AlignError:
+        raise
+    except Exception as error:  # noqa: BLE001 - of a damaged file, libraries raise nearly everything
+        for path in (model for model in models if isinstance(model, str)):
+            adapter = os.path.isfile(Path(path, "adapter_config.json"))
+            for what in ("adapter",) if adapter else ("model", "tokenizer"):
+                if damage := folder_damage(path, what):
+                    raise ModelLoadError(f"{path}: {damage}; fetch or save it again") from error
+        raise
 
 
 def _missing_of_model(folder: Path) -> str | None:

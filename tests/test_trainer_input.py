@@ -407,3 +407,16 @@ def test_a_configuration_with_types_that_only_its_cell_knows(tmp_path):
         knob: "Unknown" = None  # noqa: F821 (as in a notebook)
 
     assert Own(output_dir=str(tmp_path), use_cpu=True, report_to="none", knob=3).knob == 3
+
+
+@pytest.mark.parametrize("name", ["sft", "token_dpo"])
+@pytest.mark.parametrize("spoil, words", [
+    (gone("config.json"), "config.json is missing"), (gone("model.safetensors"), "model.safetensors is missing"),
+    (cut("model.safetensors"), r"model.safetensors \(60 bytes\) is cut off"), (cut("tokenizer.json"), "tokenizer.json .* is cut off"),
+])  # fmt: skip
+def test_half_a_model_that_a_trainer_is_given_by_name(tmp_path, folder, name, spoil, words):
+    spoil(folder)
+    trainer, config = ALL[name]
+    args = config(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none")
+    with pytest.raises(ModelLoadError, match=words):
+        trainer(str(folder), args=args, train_dataset=rows_of(name))

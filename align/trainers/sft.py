@@ -11,6 +11,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from ..checks import fit_fields
+from ..damage import whole_folders
 from ..errors import ConfigError, RecordError
 from ..positions import check_positions
 from ..processes import check_group
@@ -60,7 +61,7 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
             check_not_empty(dataset, name)
         #: Rows, and how many of them were dropped, of every data set, by its name.
         self.data_report: dict[str, dict[str, int]] = {}
-        with no_pickles(model), checked_layers(given.get("peft_config")) as layers:
+        with no_pickles(model), whole_folders(model), checked_layers(given.get("peft_config")) as layers:
             super().__init__(model, args, *others, **kwargs)
         check_layers(self.model, layers)
         for name, dataset in data_sets(self.train_dataset, self.eval_dataset):

@@ -15,6 +15,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id
 
 from ..checks import fit_fields
+from ..damage import whole_folders
 from ..errors import ConfigError
 from ..losses import weighted_logps
 from ..models import keep_trainable, load_tokenizer, vocab_size
@@ -141,7 +142,8 @@ def _vocab_size(model, args: TokenDPOConfig) -> int:
 def _config_of(model, args: TokenDPOConfig):
     if not isinstance(model, str):
         return model.config
-    return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+    with whole_folders(model):
+        return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
 
 
 class _TokenWeightedModel:
@@ -245,7 +247,11 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         # In full fine-tuning, stored references stand in for TRL's precomputed sums, so that it loads no second model.
         args = copy.copy(args)  # the caller's own may serve another trainer
         args.precompute_ref_log_probs = args.precompute_ref_log_probs or (stored and not adapted)
-        with no_pickles(model, ref_model), checked_layers(kwargs.get("peft_config")) as layers:
+        with (
+            no_pickles(model, ref_model),
+            whole_folders(model, ref_model),
+            checked_layers(kwargs.get("peft_config")) as layers,
+        ):
             super().__init__(
                 model=model, ref_model=ref_model, args=args, data_collator=data_collator, train_dataset=train_dataset,
                 eval_dataset=eval_dataset, processing_class=processing_class, **kwargs,
