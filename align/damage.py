@@ -41,8 +41,8 @@ def missing_shard(folder: Path) -> str | None:
     """The first weight file that an index names and that is not there, or the index that is not readable."""
     for index in sorted(folder.glob("*.safetensors.index.json")):
         try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
+            shards = {Path(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
             return f"{index.name} is cut off or damaged"
         if gone := sorted(shard for shard in shards if not (folder / shard).is_file()):
             return f"{gone[0]} is missing"

@@ -20,6 +20,7 @@ from align import (
     TokenDPOConfig,
     TokenDPOTrainer,
 )
+from align.damage import missing_shard
 from align.errors import AlignError, ConfigError, MissingColumnError, ModelLoadError, RecordError, RecordFileError
 from align.models import load_adapters, load_model, load_tokenizer
 from align.trainers.sft import GuardedSFTConfig, GuardedSFTTrainer
@@ -420,3 +421,11 @@ def test_half_a_model_that_a_trainer_is_given_by_name(tmp_path, folder, name, sp
     args = config(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none")
     with pytest.raises(ModelLoadError, match=words):
         trainer(str(folder), args=args, train_dataset=rows_of(name))
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"weight_map": 5}', '{"weight_map": {"w": [1]}}', '{"weight_map": {"w": 7}}', "[" * 100_000]
+)
+def test_an_index_of_something_else_is_damaged(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    assert missing_shard(tmp_path) == "model.safetensors.index.json is cut off or damaged"
