@@ -26,9 +26,10 @@ from .cli_inspect import app as inspect_app
 from .cli_mix import app as mix_app
 from .cli_score import app as score_app
 from .cli_trace import select, trace
+from .records import READABLE
 
 app = typer.Typer(
-    help="Preference alignment token by token. Stages read and write records (JSONL or Parquet, by file ending).",
+    help="Preference alignment token by token. Stages write records as JSONL or Parquet, by file ending.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 app.add_typer(score_app, name="score")
@@ -40,7 +41,7 @@ app.command()(select)
 
 @app.command()
 def sample(
-    problems: Annotated[str, typer.Argument(help="Problem file, or hub data set.")],
+    problems: Annotated[str, typer.Argument(help=f"Problems: a file ({READABLE}), or a hub data set.")],
     out: Annotated[str, typer.Argument(help="Samples to write.")],
     model: Model,
     adapter: Adapter = None,
@@ -160,7 +161,7 @@ def pair(
 
 @app.command()
 def tokenize(
-    source: Annotated[str, typer.Argument(help="Preference file, or hub data set.")],
+    source: Annotated[str, typer.Argument(help=f"Preferences: a file ({READABLE}), or a hub data set.")],
     out: Annotated[str, typer.Argument(help="Pairs to write.")],
     model: Annotated[str, typer.Option(help="Hub name or folder of the model whose tokenizer makes the ids.")],
     split: str = "train",

@@ -22,6 +22,7 @@ from .cli_common import (
     print_counts,
     unescape,
 )
+from .records import READABLE
 
 app = typer.Typer(
     help="Puts a model's own tokens into the contexts of demonstrations, to look at or to train on elsewhere: rows of "
@@ -30,7 +31,8 @@ app = typer.Typer(
 )
 
 Source = Annotated[
-    str, typer.Argument(help="Demonstrations with ids; or problems with solutions, file or hub data set.")
+    str,
+    typer.Argument(help=f"Demonstrations with ids; or problems with solutions, a file ({READABLE}) or a hub data set."),
 ]
 Out = Annotated[str, typer.Argument(help="Contexts to write.")]
 Template = Annotated[str | None, typer.Option(help="Text with {prompt} in it, \\n a line break.")]

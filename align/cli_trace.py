@@ -23,10 +23,11 @@ from .cli_common import (
     print_counts,
     unescape,
 )
+from .records import READABLE
 
 
 def trace(
-    problems: Annotated[str, typer.Argument(help="Problem file, or hub data set.")],
+    problems: Annotated[str, typer.Argument(help=f"Problems: a file ({READABLE}), or a hub data set.")],
     out: Annotated[str, typer.Argument(help="Traces to write.")],
     kept: Annotated[str, typer.Option(help="Demonstrations to write: the traces to train on.")],
     teacher: Annotated[str, typer.Option(help="Hub name or folder of the teacher.")],

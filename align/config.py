@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from .checks import fitted
 from .engines import EngineConfig
 from .errors import ConfigError
 from .export import check_format
@@ -219,7 +220,7 @@ def section(cls: type, values: Mapping[str, Any], name: str) -> Any:
     """A dataclass of a section's values."""
     check_keys(name, values, {f.name for f in fields(cls) if f.init})
     try:
-        return cls(**values)
+        return cls(**fitted(cls, values, f"section {name!r}"))
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError(f"section {name!r}: {error}") from error
 
@@ -284,11 +285,14 @@ class Settings:
         from .models import load_model
 
         check_keys("model", config.model, set(signature(load_model).parameters) - {"adapter"}, needed="path")
+        fitted(load_model, config.model, "section 'model'")
         problems = set(signature(load_problems).parameters)
         pairs = set(signature(tokenize_pairs).parameters) - {"tokenizer", "out_path", "settings"}
         for name, known in (("train", problems), ("test", problems), ("pairs", pairs), ("test_pairs", pairs)):
             if getattr(config, name) != {}:
                 check_keys(name, getattr(config, name), known, needed="source")
+                reader = tokenize_pairs if name in ("pairs", "test_pairs") else load_problems
+                fitted(reader, getattr(config, name), f"section {name!r}")
         if bool(config.train) == bool(config.pairs):
             raise ConfigError(
                 "give one of the sections 'train' (problems to sample) and 'pairs' (a preference data set)"
@@ -353,21 +357,21 @@ class Settings:
         problems = config.teacher.get("problems", config.train)
         check_keys("teacher.problems", problems, set(signature(load_problems).parameters), needed="source")
         training = {k: v for k, v in config.teacher.items() if k in TRAINING}
-        check_training("sft", out, **training)
+        check_training("sft", out, **training, section="teacher")
         check_trainable(base, training.get("lora"))
 
     def _check_trainings(self, config: ChainConfig, out: Path) -> None:
         from .trainers.training import check_trainable, check_training
 
         check_keys("contrastive", config.contrastive, TRAINING)
-        check_training("sft", out, **config.contrastive)
+        check_training("sft", out, **config.contrastive, section="contrastive")
         if "cdpo" in config.methods:
             check_trainable(config.model, config.contrastive.get("lora"))
         self._check_guide(config, out)
         for name, settings in config.methods.items():
             check_keys(f"methods.{name}", settings, TRAINING)
             method = METHODS[name]
-            check_training(method.trainer, out, **settings)
+            check_training(method.trainer, out, **settings, section=f"methods.{name}")
             check_trainable(config.model, settings.get("lora"))
             if config.pairs and method.scores in (None, "contrastive", "rollout"):
                 raise ConfigError(
@@ -375,6 +379,18 @@ class Settings:
                 )
             if method.scores == "guidance" and not config.guide and "dpo" not in config.methods:
                 raise ConfigError(f"methods.{name} needs a guide: a section 'guide' with path or args, or methods.dpo")
+
+    @staticmethod
+    def check_layers(config: ChainConfig) -> None:
+        """Raises a ConfigError where a `lora` names layers that its model lacks; the models' configurations are read for it."""
+        from .trainers.adapters import check_lora_layers
+
+        trained = {f"methods.{name}": settings for name, settings in config.methods.items()}
+        trained |= {"guide": config.guide, "teacher": config.teacher}
+        trained |= {"contrastive": config.contrastive} if "cdpo" in config.methods else {}
+        for name, settings in trained.items():
+            if settings.get("lora"):
+                check_lora_layers(settings.get("model", config.model), settings["lora"], f"{name}.lora")
 
     def _check_guide(self, config: ChainConfig, out: Path) -> None:
         from .scoring.guidance import check_guide
@@ -384,7 +400,7 @@ class Settings:
         if config.guide and "tgdpo" not in config.methods:
             raise ConfigError("section 'guide': only TGDPO has a guide; add methods.tgdpo, or leave the section out")
         if "path" not in config.guide:
-            check_training("dpo", out, **config.guide)
+            check_training("dpo", out, **config.guide, section="guide")
             if config.guide:
                 check_trainable(config.model, config.guide.get("lora"))
             return

@@ -8,7 +8,7 @@ with the same settings would: at an end token, at a stop text (it may begin befo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from .logps import head_on, shares_prefixes
 from .losses import CHUNK
 from .models import base_model, cache_name
+from .positions import position_limit
 from .prefix_tree import Row
 from .sample import SampleConfig, derived_seed, end_token_ids, find_end, pad_left, run_generate
 from .tokens import pad_rows
@@ -153,8 +154,7 @@ class Continuations:
         open_forks = [i for i, end in enumerate(ends) if end is None and len(done[i]) < longest]
         # Forks at like places have like prefixes and like lengths to go.
         open_forks.sort(key=lambda i: (len(self.rows[forks[i].row][0]) + forks[i].position, i))
-        for start in range(0, len(open_forks), self.config.batch_size):
-            batch = open_forks[start : start + self.config.batch_size]
+        for batch in self._batched(open_forks, forks, done):
             budget = longest - min(len(done[i]) for i in batch)
             config = replace(self.config, n=1, max_new_tokens=budget)
             self._batches += 1
@@ -167,6 +167,20 @@ class Continuations:
         for fork, end in zip(forks, ends, strict=True):
             self.cut[fork.row] += end is None
         return [ids if end is None else end[0] for ids, end in zip(done, ends, strict=True)]
+
+    def _batched(self, places: list[int], forks: list[Fork], done: list[list[int]]) -> Iterator[list[int]]:
+        """Forks that are drawn together. Padding is fed to those that end first, so its positions are counted, too."""
+        limit, longest, batch = position_limit(self.model), self.config.max_new_tokens, []
+        for place in places:
+            those = [*batch, place]
+            last = max(len(self.rows[forks[i].row][0]) + len(done[i]) for i in those)
+            fits = limit is None or last + longest - min(len(done[i]) for i in those) <= limit
+            if batch and (len(batch) == self.config.batch_size or not fits):
+                yield batch
+                those = [place]
+            batch = those
+        if batch:
+            yield batch
 
     def _draw_on(self, forks: list[Fork], done: list[list[int]], config: SampleConfig) -> list[list[int]]:
         """What is drawn after each fork, uncut: padding may stand behind an end."""

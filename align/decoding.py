@@ -14,6 +14,7 @@ from .cuda_graphs import Graphs
 from .errors import ConfigError
 from .logps import configured_not_to_share, head_on, shares_prefixes
 from .models import active_adapter, base_model, cache_name
+from .positions import position_limit
 from .prefix_tree import additive
 from .slot_cache import SlotCache, room_for
 
@@ -69,7 +70,9 @@ class Policy:
     @property
     def context(self) -> int | None:
         """Most positions it knows; `None` where its configuration does not say."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return position_limit(self.model) or getattr(
+            self.model.config.get_text_config(), "max_position_embeddings", None
+        )
 
     def forward(self, **inputs: Any) -> torch.Tensor:
         """Logits (B, n, V), by its own numbers of tokens; its cache takes the n tokens."""

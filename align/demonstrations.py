@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import ConfigError, MissingColumnError, RecordError
 from .problems import load_problems
 from .prompts import Phrasing, template_arguments
-from .records import Record, check_records, read_records, row_name
+from .records import ENDINGS, Record, check_records, file_format, read_records, row_name
 from .stages import records_hash, run_in_parts
 from .tokens import CompletionRule, encode_row
 
@@ -99,7 +99,7 @@ def load_demonstrations(
         ConfigError: an option that phrases prompts, for rows that have ids.
     """
     rule = CompletionRule.of(tokenizer, trl=trl_completions)
-    if os.path.splitext(source)[1] in (".jsonl", ".parquet") and os.path.isfile(source):
+    if file_format(source)[0] in ENDINGS and os.path.isfile(source):
         rows = read_records(source)
         if rows and "completion_ids" in rows[0]:
             if (limit := options.get("limit")) is not None and limit < 1:

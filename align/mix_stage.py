@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from .contexts import OwnTokens, draw_contexts, mixed_row
 from .errors import RecordError
 from .mix import IGNORED, Example, epsilon_at
+from .positions import check_positions, position_limit
 from .rac import CorrectionSettings, draw_corrections
 from .record_file import Derived
-from .records import Record, check_records
+from .records import Record, check_records, row_name
 from .stages import parts_of, records_hash, run_in_parts
 from .tokens import check_row_ids
 
@@ -112,7 +113,8 @@ def mix_rac(
         return {name: sum(row[name] for row in rows) for name in ("matches", "kept")} | unended | dropped
 
     depends = {"seed": seed, **asdict(config), **(settings or {})}
-    return _run(model, rows, out_path, draw, "mix rac", depends, count)
+    longest = config.max_new_tokens if config.generates else 0
+    return _run(model, rows, out_path, draw, "mix rac", depends, count, longest)
 
 
 def _run(
@@ -123,12 +125,18 @@ def _run(
     stage: str,
     settings: dict[str, Any],
     count: Callable[[list[Record]], dict[str, int]],
+    drawn: int | None = None,
 ) -> dict[str, Any]:
+    """`drawn`: tokens that are drawn after a prompt; `None` where tokens are drawn in place of the completion's."""
     from .models import vocab_size
 
     check_records(demonstrations, "demonstration", source="demonstrations")
+    limit = position_limit(model)
     for index, row in enumerate(demonstrations):
         check_row_ids(row, index, ("prompt_ids", "completion_ids"), vocab_size(model))
+        tokens = len(row["prompt_ids"]) + (len(row["completion_ids"]) if drawn is None else drawn)
+        what, remedy = ("completion", "remove the row") if drawn is None else ("max_new_tokens", "lower max_new_tokens")
+        check_positions(tokens, limit, f"demonstrations, {row_name(row, index)}: prompt and {what}", remedy)
 
     def compute(_number: int, part: range) -> list[Record]:
         rows = demonstrations[part.start : part.stop]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .atomic import atomic_path
+from .damage import folder_damage
 from .errors import ConfigError, ModelLoadError, ModelMismatchError
 from .safety import check_templates, no_pickles
 
@@ -152,6 +153,8 @@ def _not_loaded(path: str, what: str, error: Exception) -> str:
             f"{path}: the {what} needs code of its own (auto_map in its config.json or tokenizer_config.json), which is not "
             "run; read it, and where you trust it give --trust-remote-code (trust_remote_code=True)"
         )
+    if damage := folder_damage(path, what):
+        return f"{path}: no {what} can be loaded from there: {damage}; fetch or save it again"
     reason = " ".join(str(error).split())[:200]
     return f"{path}: no {what} can be loaded from there ({reason}); give a folder with safetensors or a hub name"
 
@@ -265,6 +268,8 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftMo
         except (ModelLoadError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - as of a model's
+            if damage := folder_damage(path, "adapter"):
+                raise ModelMismatchError(f"adapter {path}: {damage}; fetch it again, or train it again") from error
             reason = str(error).strip().splitlines()
             raise ModelMismatchError(
                 f"adapter {path} does not fit the base {model.config._name_or_path}: {' '.join(reason[:3])}; "

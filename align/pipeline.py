@@ -87,6 +87,7 @@ class Chain:
             RecordFileError: another process works in the run's folder.
         """
         check_outside(self.out, *(getattr(self.config, n) for n in ("train", "test", "pairs", "test_pairs", "teacher")))
+        self.settings.check_layers(self.config)
         with locked(self.out):
             return self._run()
 

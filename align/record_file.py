@@ -1,27 +1,33 @@
-"""Files of records that need not fit into memory: rows are read from disk as they are asked for.
+"""Files of rows that need not fit into memory: rows are read from disk as they are asked for.
 
 A list of a million pairs takes tens of gigabytes; here a row costs 20 bytes, whatever it holds.
+
+CSV and JSON are read here and not by `datasets`' readers: pandas turns the answer 007 into 7 and 1.50 into 1.5, and
+pyarrow's JSON reader aborts the process on some damaged files.
 """
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import IO, Any, overload
 
 from .atomic import write_error
-from .errors import RecordFileError
+from .errors import RecordError, RecordFileError
 from .progress import DELAY, watched
-from .records import Record, arrow_rows, check_file, check_records, read_jsonl
+from .records import Record, arrow_rows, check_file, check_records, file_format, parse_json, read_jsonl
 
 #: What the system says where a copy has no room.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -79,9 +85,9 @@ class JsonLines(Rows):
                     yield
                 start += len(line)
 
-    def read(self, path: str | os.PathLike) -> Iterator[Record]:
-        """Adds a file while its rows are read; errors as in `align.records.read_records`."""
-        for row, _ in zip(read_jsonl(Path(path)), self.index(path), strict=True):
+    def read(self, path: str | os.PathLike, name: str | os.PathLike | None = None) -> Iterator[Record]:
+        """Adds a file while its rows are read; errors as in `align.records.read_records`, which call the file `name`."""
+        for row, _ in zip(read_jsonl(Path(path), name), self.index(path), strict=True):
             yield row
 
     def _row(self, index: int) -> Record:
@@ -108,10 +114,128 @@ def _stamp(descriptor: int) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
+class _CopiedRows(JsonLines):
+    """Rows of a file that no place in it leads to, a CSV file say, from a copy as JSON lines.
+
+    Args:
+        rows: of the file.
+        name: how messages call the file.
+    """
+
+    def __init__(self, rows: Iterable[Record], name: str | os.PathLike) -> None:
+        super().__init__()
+        with _copying(name):
+            self._copy = tempfile.NamedTemporaryFile()  # noqa: SIM115 (read from as long as the rows are)
+            for row in rows:
+                self._copy.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            self._copy.flush()
+        for _ in self.index(self._copy.name):
+            pass
+
+
+@contextmanager
+def _copying(name: str | os.PathLike) -> Iterator[None]:
+    """Makes a RecordFileError of a full disk while the file `name` is copied to the folder of temporary files."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        folder = f"{tempfile.gettempdir()} ($TMPDIR names another folder)"
+        raise write_error(f"{name}: its copy in {folder}", error) from None
+
+
+def _unpacked(source: str | os.PathLike, codec: str | None) -> IO[bytes]:
+    """A temporary file with what is in a compressed or remote one.
+
+    Raises:
+        RecordFileError: the file is damaged or cannot be read, or the codec's package is not installed.
+    """
+    import fsspec
+    from fsspec.compression import compr
+
+    if codec not in compr:
+        package = {"zstd": "zstandard"}.get(codec, codec)
+        raise RecordFileError(f"{source}: {codec} files need the package {package}; install it, or unpack the file")
+    with _copying(source):
+        copy = tempfile.NamedTemporaryFile()  # noqa: SIM115 (the caller reads from it)
+        try:
+            with fsspec.open(str(source), "rb", compression=codec) as file:
+                shutil.copyfileobj(file, copy, 1 << 20)
+        except Exception as error:  # noqa: BLE001 - each codec has errors of its own
+            if codec is None or isinstance(error, FileNotFoundError) or getattr(error, "errno", None) is not None:
+                raise
+            raise RecordFileError(f"{source}: cannot be unpacked ({error}); it is damaged, so fetch it again") from None
+        copy.flush()
+    return copy
+
+
+def _read_table(path: Path, name: str | os.PathLike, delimiter: str) -> Iterator[Record]:
+    """Rows of a CSV file with a header: every cell is text as it is written, an empty one `None`."""
+    csv.field_size_limit(2**31 - 1)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, delimiter=delimiter, strict=True)
+            try:
+                columns = _columns(next((line for line in lines if line), []), name)
+                for cells in lines:
+                    if cells and len(cells) != len(columns):
+                        raise RecordError(
+                            f"{name}, line {lines.line_num}: {len(cells)} cells under {len(columns)} columns "
+                            f"({', '.join(columns)[:80]}): {cells!r:.80}; put a cell with {delimiter!r} or quotes in it in quotes"
+                        )
+                    if cells:
+                        yield {column: cell or None for column, cell in zip(columns, cells, strict=True)}
+            except csv.Error as error:
+                raise RecordError(
+                    f"{name}, line {lines.line_num}: cannot be read ({error}); put cells with quotes in them in quotes, and write "
+                    "each quote inside twice"
+                ) from None
+    except UnicodeDecodeError as error:
+        raise RecordFileError(f"{name}: not UTF-8 text ({error}); save it as UTF-8") from None
+
+
+def _columns(cells: Sequence[str], name: str | os.PathLike) -> list[str]:
+    """Names of a CSV file's columns; a nameless one, such as pandas' index, is called as pandas calls it."""
+    columns = [cell.strip() or f"Unnamed: {place}" for place, cell in enumerate(cells)]
+    if twice := [column for column in columns if columns.count(column) > 1]:
+        raise RecordError(f"{name}, line 1: column {twice[0]!r} stands twice; rename one")
+    if len(columns) == 1 and any(mark in columns[0] for mark in ";\t,"):
+        raise RecordError(
+            f"{name}, line 1: {columns[0]!r} is one column; separate columns by a comma in .csv files, by a tab in .tsv files"
+        )
+    return columns
+
+
+def _read_json(path: Path, name: str | os.PathLike) -> Iterator[Record]:
+    """Rows of a `.json` file: a list of objects, or one object per line."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            begin = file.read(1)
+            while begin.isspace():
+                begin = file.read(1)
+            if begin != "[":
+                yield from read_jsonl(path, name)
+                return
+            rows = parse_json(begin + file.read())
+    except UnicodeDecodeError as error:
+        raise RecordFileError(f"{name}: not UTF-8 text ({error}); save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, RecordError):
+            raise
+        raise RecordError(
+            f"{name}: not JSON ({error}); a list of objects is expected, or one object per line"
+        ) from None
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise RecordError(f"{name}, row {index}: {str(row)[:80]!r} is not a JSON object; each row must be one")
+        yield row
+
+
 class _ArrowRows(Rows):
     """Rows of a Parquet file, from a copy in batches of a few rows: a Parquet file's own groups may hold a million."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str | os.PathLike) -> None:
         import pyarrow
         import pyarrow.parquet
 
@@ -131,9 +255,9 @@ class _ArrowRows(Rows):
         except Exception as error:  # noqa: BLE001 - of a damaged file pyarrow raises nearly everything
             if getattr(error, "errno", None) in _FULL:
                 folder = f"{tempfile.gettempdir()} ($TMPDIR names another folder)"
-                raise write_error(f"{path}: its copy in {folder}", error) from None
-            raise RecordFileError(f"{path}: not a readable Parquet file ({error}); write it again") from None
-        self._path, self._starts = path, array("q", starts)
+                raise write_error(f"{name}: its copy in {folder}", error) from None
+            raise RecordFileError(f"{name}: not a readable Parquet file ({error}); write it again") from None
+        self._path, self._starts = name, array("q", starts)
         self._last: tuple[int, Any] = (-1, None)
 
     def __len__(self) -> int:
@@ -149,12 +273,26 @@ class _ArrowRows(Rows):
             raise RecordFileError(f"{self._path}: not a readable Parquet file ({error}); write it again") from None
 
 
+def _rows_of(path: Path, name: str | os.PathLike, ending: str) -> tuple[Rows, Iterable[Record]]:
+    """Rows of an uncompressed file to be asked for later, and the same rows to be gone through first."""
+    if ending in (".jsonl", ".ndjson"):
+        lines = JsonLines()
+        return lines, lines.read(path, name)
+    if ending == ".parquet":
+        rows: Rows = _ArrowRows(path, name)
+    elif ending == ".json":
+        rows = _CopiedRows(_read_json(path, name), name)
+    else:
+        rows = _CopiedRows(_read_table(path, name, "," if ending == ".csv" else "\t"), name)
+    return rows, rows
+
+
 class RecordFile(Rows):
-    """A file of records as a sequence, checked once as it is opened, read row by row from then on.
+    """A file of rows as a sequence, checked once as it is opened, read row by row from then on.
 
     Args:
-        path, kind: see `align.records.read_records`, whose list it stands for. A Parquet file is copied to the folder of
-            temporary files first, uncompressed.
+        path, kind: see `align.records.read_records`, whose list it stands for. Unless it is a plain JSONL file, it is copied
+            to the folder of temporary files first, uncompressed.
 
     Raises:
         RecordFileError, RecordError, MissingColumnError: as `read_records` does.
@@ -162,18 +300,38 @@ class RecordFile(Rows):
 
     def __init__(self, path: str | os.PathLike, kind: str | None = None) -> None:
         self.path, self.kind = Path(path), None
-        if check_file(self.path) == ".jsonl":
-            self._rows: Rows = JsonLines()
-            rows: Iterable[Record] = self._rows.read(self.path)
-        else:
-            self._rows = rows = _ArrowRows(self.path)
-        rows = watched(rows, f"reading {self.path.name}", delay=DELAY)
-        if kind is None:
-            for _ in rows:
-                pass
-        else:
-            check_records(rows, kind, source=str(path))
-            self.kind = kind
+        check_file(self.path)
+        self._open(self.path, file_format(path), kind)
+
+    @classmethod
+    def remote(cls, address: str) -> RecordFile:
+        """A file that fsspec finds at an address, such as `hf://datasets/owner/name/file.jsonl`."""
+        found = cls.__new__(cls)
+        found.path, found.kind = Path(address), None
+        found._open(address, file_format(address), None)
+        return found
+
+    def _open(self, source: str | os.PathLike, form: tuple[str, str | None], kind: str | None) -> None:
+        ending, codec = form
+        place = self.path
+        try:
+            if codec is not None or "://" in str(source):
+                self._whole = _unpacked(source, codec)  # lies there as long as the rows are read
+                place = Path(self._whole.name)
+            self._rows, rows = _rows_of(place, source, ending)
+            rows = watched(rows, f"reading {self.path.name}", delay=DELAY)
+            if kind is None:
+                for _ in rows:
+                    pass
+            else:
+                check_records(rows, kind, source=str(source))
+                self.kind = kind
+                if not len(self._rows):
+                    raise RecordError(f"{source}: there are no rows in it; name a file of {kind} records that has some")
+        except OSError as error:
+            if isinstance(error, RecordFileError):
+                raise
+            raise RecordFileError(f"{source}: cannot be read: {error.strerror or error}") from error
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -40,6 +40,14 @@ TOKEN_COLUMNS = ("ce_scores", "guidance_logratios", "ref_logps", "weights", "ent
 #: Those of them that lie in [0, 1].
 PROBABILITIES = ("ce_scores", "rollout_values")
 
+#: Endings of files of rows that are read, in any case; each may have an ending of `COMPRESSIONS` behind it.
+ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+
+#: Endings of compressed files, and what fsspec calls their codec.
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".lz4": "lz4"}
+
+#: `ENDINGS` and `COMPRESSIONS` for messages and help pages.
+READABLE = f"{', '.join(ENDINGS)}, or one of these with {', '.join(COMPRESSIONS)} behind it"
 #: Keys under which a message holds reasoning, and under which it holds what it says at all.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 SAID = ("content", "tool_calls", *REASONING)
@@ -63,10 +71,10 @@ def row_name(row: Mapping[str, Any], index: int) -> str:
 
 
 def read_records(path: str | os.PathLike, kind: str | None = None) -> list[Record]:
-    """Reads a JSONL or Parquet file of records.
+    """Reads a file of records.
 
     Args:
-        path: file ending in `.jsonl` or `.parquet`.
+        path: file with one of `ENDINGS`; stages write JSONL and Parquet.
         kind: a key of `REQUIRED`; every row is then checked with `check_records`.
 
     Raises:
@@ -75,24 +83,39 @@ def read_records(path: str | os.PathLike, kind: str | None = None) -> list[Recor
         MissingColumnError: a required column is not there.
     """
     path = Path(path)
-    rows = list(read_jsonl(path)) if check_file(path) == ".jsonl" else _read_parquet(path)
+    check_file(path)
+    ending, compression = file_format(path)
+    if ending in (".jsonl", ".ndjson") and compression is None:
+        rows = list(read_jsonl(path))
+    elif ending == ".parquet" and compression is None:
+        rows = _read_parquet(path)
+    else:
+        from .record_file import RecordFile
+
+        rows = list(RecordFile(path))
     if kind is not None:
         check_records(rows, kind, source=str(path))
     return rows
 
 
-def check_file(path: Path) -> str:
-    """The ending of a file of records: `.jsonl` or `.parquet`; a RecordFileError where it is another, or there is no file."""
-    suffix = path.suffix.lower()
-    if suffix not in (".jsonl", ".parquet"):
-        raise RecordFileError(f"{path}: cannot tell the format from the ending {suffix!r}; use .jsonl or .parquet")
+def file_format(path: str | os.PathLike) -> tuple[str, str | None]:
+    """The ending of a file of rows, in lower case and without that of a compression, and the compression's codec."""
+    path = Path(path)
+    codec = COMPRESSIONS.get(path.suffix.lower())
+    return (path.suffix if codec is None else path.with_suffix("").suffix).lower(), codec
+
+
+def check_file(path: Path) -> None:
+    """Raises a RecordFileError where a file is missing, or its ending is not one of `ENDINGS`."""
+    if file_format(path)[0] not in ENDINGS:
+        raise RecordFileError(f"{path}: cannot tell the format from the ending {path.suffix!r}; use {READABLE}")
     if not os.path.isfile(path):
         raise RecordFileError(f"{path}: no such file; run the stage that writes it first, or check the path")
-    return suffix
 
 
-def read_jsonl(path: Path) -> Iterator[Record]:
-    """The rows of a JSONL file, one after the other; errors as in `read_records`."""
+def read_jsonl(path: Path, name: str | os.PathLike | None = None) -> Iterator[Record]:
+    """The rows of a JSONL file, one after the other; errors as in `read_records`, which call the file `name`."""
+    name = path if name is None else name
     try:
         with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
@@ -102,15 +125,15 @@ def read_jsonl(path: Path) -> Iterator[Record]:
                     row = parse_json(line)
                 except (ValueError, RecursionError) as error:
                     raise RecordError(
-                        f"{path}, line {number}: not JSON ({error}): {line[:80]!r}; one JSON object per line is expected"
+                        f"{name}, line {number}: not JSON ({error}): {line[:80]!r}; one JSON object per line is expected"
                     ) from None
                 if not isinstance(row, dict):
-                    raise RecordError(f"{path}, line {number}: {line[:80]!r} is no JSON object; each line must be one")
+                    raise RecordError(f"{name}, line {number}: {line[:80]!r} is no JSON object; each line must be one")
                 yield row
     except UnicodeDecodeError as error:
-        raise RecordFileError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
+        raise RecordFileError(f"{name}: not UTF-8 text ({error}); save it as UTF-8") from None
     except OSError as error:
-        raise RecordFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise RecordFileError(f"{name}: cannot be read: {error.strerror or error}") from error
 
 
 def parse_json(line: str) -> Any:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .checks import check_seed, check_temperature, check_whole
 from .errors import ConfigError, RecordError
 from .models import vocab_size
+from .positions import position_limit
 from .records import Record, check_records
 from .stages import records_hash, run_in_parts
 from .tokens import add_eos, decode_completion, encode_problem, end_ids_of, first_end
@@ -79,11 +80,13 @@ class Engine(ABC):
         vocab_size: ids from 0 to one below it can be fed.
         max_length: most tokens of a prompt and its completion together; `None` without a bound.
         settings: what, of the engine, the samples depend on; stands in the manifest.
+        more: what gives room for more tokens.
     """
 
     vocab_size: int
     max_length: int | None = None
     settings: Mapping[str, Any]
+    more: str = "give the engine a longer max_model_len"
 
     @abstractmethod
     def generate(self, prompts: Sequence[Sequence[int]], config: SampleConfig, seed: int) -> list[Draws]:
@@ -107,9 +110,11 @@ class TransformersEngine(Engine):
     """
 
     settings = {"engine": "transformers"}
+    more = "take a model with more positions"
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer, self.vocab_size = model, tokenizer, vocab_size(model)
+        self.max_length = position_limit(model)
 
     def generate(self, prompts: Sequence[Sequence[int]], config: SampleConfig, seed: int) -> list[Draws]:
         return generate(self.model, self.tokenizer, prompts, config, seed)
@@ -151,10 +156,11 @@ def sample_completions(
     if not kept:
         raise RecordError(f"none of the {len(problems)} prompts fits max_prompt_length = {longest}; raise it")
     kept.sort(key=lambda i: len(prompts[i]))  # prompts of equal length share a batch: little padding
-    if engine.max_length is not None and len(prompts[kept[-1]]) + config.max_new_tokens > engine.max_length:
+    most, long = engine.max_length, len(prompts[kept[-1]])
+    if most is not None and long + config.max_new_tokens > most:
         raise ConfigError(
-            f"the engine takes {engine.max_length} tokens, the longest prompt has {len(prompts[kept[-1]])} and max_new_tokens is "
-            f"{config.max_new_tokens}; lower max_new_tokens or max_prompt_length, or give the engine a longer max_model_len"
+            f"the engine takes {most} tokens, the longest prompt (problem {problems[kept[-1]]['id']!r}) has {long} and "
+            f"max_new_tokens is {config.max_new_tokens}; lower max_new_tokens or max_prompt_length, or {engine.more}"
         )
     # A batch is problems and draws of each: several whole problems, or a part of one problem's draws.
     size, draws = max(1, config.batch_size // config.n), min(config.n, config.batch_size)

@@ -21,6 +21,7 @@ from .checks import check_share, check_whole
 from .errors import ConfigError, MissingColumnError, RecordError
 from .locks import locked
 from .logps import Batch, completion_logits, per_token
+from .positions import check_positions, position_limit
 from .records import Record, read_records, row_name
 from .stages import parts_of, records_hash, run_in_parts, write_chosen
 from .tokens import check_row_ids
@@ -203,6 +204,11 @@ def select_traces(
     for index, row in enumerate(there):
         check_row_ids(row, index, ("prompt_ids", "completion_ids"), vocab_size(student))
     right, refused = good_traces(there, config.max_student_share, config.only_correct, config.only_ended)
+    limit = position_limit(student)
+    for index, row in enumerate(right):
+        tokens = len(row["prompt_ids"]) + len(row["completion_ids"])
+        name = f"traces that can be kept, {row_name(row, index)}: prompt and completion"
+        check_positions(tokens, limit, name, "remove the row")
     if not right:
         raise RecordError(f"none of {len(traces)} traces can be kept: {len(there)} have tokens; refused: {refused}")
     scores_path = f"{out_path}.scores.jsonl" if scores_path is None else scores_path

@@ -6,6 +6,8 @@ asserted: what came in is there, or is counted as left out. Anything else that i
 
 from __future__ import annotations
 
+import csv
+import gzip
 import io
 import json
 import math
@@ -92,9 +94,15 @@ def rows_in(path: Path) -> int:
     if path.suffix.lower() == ".parquet":
         # Not its metadata, whose names may be no text; nor as a data set, of which no two columns may have one name.
         return pyarrow.parquet.ParquetFile(path).read().num_rows
-    if path.suffix.lower() == ".json":
-        return len(json.loads(path.read_text(encoding="utf-8-sig")))
-    lines = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        path, content = path.with_suffix(""), gzip.decompress(content)
+    if path.suffix.lower() == ".csv":
+        lines = list(filter(None, csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)))
+        return max(0, len(lines) - 1)
+    if path.suffix.lower() == ".json" and content.decode("utf-8-sig").lstrip()[:1] == "[":
+        return len(json.loads(content.decode("utf-8-sig")))
+    lines = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
     return sum(bool(line.decode(errors="replace").strip()) for line in lines)
 
 
@@ -115,7 +123,7 @@ def same(one: Any, other: Any) -> bool:
 kinds = st.sampled_from([None, *REQUIRED])
 
 
-@target(st.tuples(fz.record_files(), kinds, st.sampled_from(["out.jsonl", "out.parquet"])))
+@target(st.tuples(fz.record_files() | fz.csv_files(), kinds, st.sampled_from(["out.jsonl", "out.parquet"])))
 def records(folder, value):
     """Reading keeps every row, be it at once or row by row; writing what was read gives it back."""
     file, kind, out = value
@@ -139,7 +147,7 @@ def records_api(folder, value):
 
 @target(
     st.tuples(
-        fz.record_files(("problem", "solved", "demonstration", "preference")),
+        fz.record_files(("problem", "solved", "demonstration", "preference")) | fz.csv_files(),
         st.booleans(),
         st.sampled_from([None, None, "Q: {prompt}\nA:", "no place", "{prompt}{prompt}{x}"]),
         st.booleans(),
@@ -157,7 +165,7 @@ def problems(folder, value):
 
 @target(
     st.tuples(
-        fz.record_files(("preference", "pair", "preference")),
+        fz.record_files(("preference", "pair", "preference")) | fz.csv_files(),
         st.booleans(),
         st.booleans(),
         st.sampled_from([None, None, 3, 0]),

@@ -318,9 +318,23 @@ def record_files(draw, kinds: tuple[str, ...] = KINDS) -> tuple[str, bytes]:
     name = (
         "in.jsonl"
         if draw(st.integers(0, 30))
-        else draw(st.sampled_from(["in.parquet", "in.json", "in.JSONL", "in.csv"]))
+        else draw(st.sampled_from(["in.parquet", "in.json", "in.JSONL", "in.csv", "in.ndjson", "in.jsonl.gz"]))
     )
-    return name, draw(jsonl_bytes(kind, draw(st.sampled_from([0, 1, 3]))))
+    content = draw(jsonl_bytes(kind, draw(st.sampled_from([0, 1, 3]))))
+    return name, gzip.compress(content) if name.endswith(".gz") else content
+
+
+@st.composite
+def csv_files(draw) -> tuple[str, bytes]:
+    """Name and bytes of a CSV file: cells of any text, lines that are too short or too long among them."""
+    columns = draw(
+        st.lists(st.sampled_from(["id", "prompt", "answer", "solution", "chosen", "rejected"]), min_size=1, max_size=4)
+    )
+    lines = [columns] + draw(st.lists(st.lists(texts, min_size=1, max_size=4), max_size=4))
+    quote = draw(st.booleans())
+    cells = [[f'"{cell.replace(chr(34), chr(34) * 2)}"' if quote else cell for cell in line] for line in lines]
+    content = "\n".join(map(",".join, cells)).encode(errors="surrogatepass")
+    return ("in.csv.gz", gzip.compress(content)) if draw(st.booleans()) else ("in.csv", content)
 
 
 # Expressions and configurations ---------------------------------------------------------------------------------------

@@ -78,6 +78,7 @@ READERS = {
     "prompts.py": "tokens", "models.py": "adapters", "identity.py": "adapters", "run_folder.py": "run_folder", "row_sample.py": "run_folder",
     "vllm_adapter.py": None, "server.py": None,  # tests/test_engine_misuse.py, tests/test_engines.py
     "trainers/checkpoints.py": None, "safety.py": None,  # tests/test_crash_training.py, tests/test_safety.py
+    "damage.py": None,  # tests/test_trainer_input.py
 }  # fmt: skip
 
 

@@ -85,7 +85,20 @@ def test_mistakes_in_a_configuration_are_named(tmp_path):
     for override, words in (
         ("methods.cdpo.args.lerning_rate=1", "lerning_rate: no field of CDPOConfig"),
         ("methods.sft.args.max_step=1", "max_step: no field of GuardedSFTConfig"),
-        ("methods.cdpo.lora={rank: 4}", "cdpo: .*rank"),
+        ("methods.cdpo.lora={rank: 4}", "methods.cdpo.lora: rank"),
+        ("methods.cdpo.args.learning_rate=abc", "methods.cdpo.args: learning_rate = 'abc' must be a number"),
+        ("methods.sft.args.max_steps=1.5", "methods.sft.args: max_steps = 1.5 must be a whole number"),
+        ("methods.cdpo.args.output_dir=x", "methods.cdpo.args: output_dir .* leave it out"),
+        ("methods.cdpo.args=5", "methods.cdpo.args = 5 must be a mapping"),
+        ("methods.cdpo.lora.r=two", "methods.cdpo.lora: r = 'two' must be a whole number"),
+        ("contrastive.args.seed=x", "contrastive.args: seed = 'x' must be a whole number"),
+        ("sample.n=x", "section 'sample': n = 'x' must be a whole number"),
+        ("sample.top_p=x", "section 'sample': top_p = 'x' must be a number"),
+        ("pair.negative_coverage=x", "section 'pair': negative_coverage = 'x' must be a number"),
+        ("train.limit=x", "section 'train': limit = 'x' must be a whole number or null"),
+        ("train.chat=maybe", "section 'train': chat = 'maybe' must be true or false"),
+        ("test.source=5", "section 'test': source = 5 must be text"),
+        ("model.path=5", "section 'model': path = 5 must be text"),
         ("methods.sft.bar=1", "'methods.sft': unknown bar"),
         ("methods.dpo=5", "'methods.dpo': 5 must be a mapping"),
         ("contrastive.foo=1", "'contrastive': unknown foo"),
@@ -127,6 +140,23 @@ def test_mistakes_in_a_configuration_are_named(tmp_path):
     assert (
         methods["cdpo"]["args"]["learning_rate"] == 1e-9 != methods["dpo"]["args"]["learning_rate"]
     )  # an alias in the file
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["methods.cdpo.lora={target_modules: [q_proj, nowhere]}", "contrastive.lora={modules_to_save: [nowhere]}"],
+)
+def test_layers_that_no_model_has_are_named_before_the_first_stage(tmp_path, override):
+    name = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"{name}: [a-z_]+ = 'nowhere' must be a layer of LlamaForCausalLM"):
+        Chain(read_config(TINY, [override]), tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rate_that_yaml_reads_as_text_is_a_number(tmp_path):
+    config = read_config(TINY)
+    config.methods["cdpo"]["args"]["learning_rate"] = "1e-9"
+    Chain(config, tmp_path)
 
 
 def test_the_chain_behind_rac_is_understood(tmp_path):

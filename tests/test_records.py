@@ -50,7 +50,7 @@ def test_unreadable_files(tmp_path, content, error, words):
     with pytest.raises(RecordFileError, match="no such file"):
         read_records(tmp_path / "missing.jsonl")
     with pytest.raises(RecordFileError, match="ending"):
-        read_records(tmp_path / "a.csv")
+        read_records(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize(

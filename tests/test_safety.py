@@ -288,7 +288,7 @@ def test_loading_scripts_of_data_sets_are_refused(tmp_path, mark):
     folder.mkdir()
     write_code(folder, mark)
     for source in (folder, folder / "theirs.py"):
-        with pytest.raises(RecordFileError, match="theirs.*no .jsonl, .parquet or .json file"):
+        with pytest.raises(RecordFileError, match="theirs.*cannot be read as rows; name a file"):
             load_rows(str(source))
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RecordError
 from ..logps import Row
 from ..models import vocab_size
+from ..positions import check_positions, position_limit
 from ..progress import DELAY, watched
-from ..records import Record, check_records
+from ..records import Record, check_records, row_name
 from ..stages import records_hash, run_in_parts
 from ..tokens import check_pair_ids
 
@@ -62,6 +63,7 @@ def score_stage(
     adds: Sequence[str] = (),
     varies: str | None = None,
     per_part: int = PAIRS_PER_PART,
+    fed: Callable[[Record], int] | None = None,
     finish: Callable[[Sequence[Record]], Iterable[Record]] | None = None,
     count: Callable[[Sequence[Record]], Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
@@ -77,6 +79,7 @@ def score_stage(
         varies: token-level column, without its side, that should differ between the tokens of a completion. Pairs in which
             it does not are counted, and warned of where they are most.
         per_part: pairs of a part.
+        fed: most tokens of a sequence that the model gets for a pair; by default those of the prompt and the longer completion.
         finish, count: see `run_in_parts`; for numbers that depend on the whole data set, and further counts.
 
     Returns:
@@ -86,7 +89,8 @@ def score_stage(
         RecordError, MissingColumnError: a row does not fit the model or the schema.
     """
     check_records(pairs, "pair", source="pairs")
-    size = vocab_size(model)
+    size, limit = vocab_size(model), position_limit(model)
+    remedy = "lower max_new_tokens" if fed else f"max_length = {limit}, which leaves longer pairs out and counts them"
     lengths, tokens = array("q"), array("q")
     for index, pair in enumerate(watched(pairs, f"{stage}: checking", delay=DELAY)):
         check_pair_ids(pair, index, size)
@@ -97,6 +101,9 @@ def score_stage(
                 "remove or rename them"
             )
         lengths.append(pair_length(pair))
+        if max_length is None or lengths[-1] <= max_length:
+            name = f"pairs, {row_name(pair, index)}: {'prompt and max_new_tokens' if fed else 'prompt and completion'}"
+            check_positions(lengths[-1] if fed is None else fed(pair), limit, name, remedy)
         tokens.append(sum(len(pair[f"{side}_ids"]) for side in SIDES))
     kept = [index for index, length in enumerate(lengths) if max_length is None or length <= max_length]
     if not kept:

@@ -378,6 +378,7 @@ def score_rollout(
         pairs, out_path, compute, model=model, max_length=max_length, stage="score rollout",
         settings=rollout_settings(config, settings), adds=("weights",), varies="weights", finish=finish,
         per_part=max(1, config.batch_size // config.n), count=count,
+        fed=lambda pair: len(pair["prompt_ids"]) + config.max_new_tokens,
     )  # fmt: skip
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError, safe_open
+from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
-from ..errors import ConfigError
+from ..damage import file_damage, missing_shard
+from ..errors import ConfigError, RecordFileError
 from ..processes import process_state, together
 
 #: What the files begin with in which FSDP keeps the weights that it goes on from.
@@ -24,7 +24,38 @@ DEEPSPEED_STATE = "global_step"
 
 
 class ResumesAtTheEnd(Trainer):
-    """From a checkpoint of the last step, takes no further one, as the Trainer would; goes in front of a TRL trainer."""
+    """Goes on from whole checkpoints of its own kind alone, and from one of the last step takes no further step, as the
+    Trainer would; goes in front of a TRL trainer."""
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
+        if resume_from_checkpoint:
+            given = resume_from_checkpoint
+            checkpoint = _newest(Path(self.args.output_dir)) if given is True else Path(given)
+            with together(self.accelerator.state):
+                self._check_checkpoint(checkpoint)
+        return super().train(
+            resume_from_checkpoint=resume_from_checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
+        )
+
+    def _check_checkpoint(self, path: Path) -> None:
+        """Raises an error where the Trainer would go on with a part of its state made afresh, or end within a library."""
+        if not path.is_dir():
+            raise RecordFileError(f"{path}: no such checkpoint; check resume_from_checkpoint, or leave it out to begin")
+        damage = checkpoint_damage(path, self.args, self.args.world_size)
+        if self.accelerator.scaler is not None and not (path / "scaler.pt").is_file():
+            damage = damage or "scaler.pt, the state of fp16's loss scale, is missing"
+        if damage and damage.startswith("rng_state") and damage.endswith("is missing"):
+            print(f"align: {path}: {damage}; random numbers begin again, so that numbers will differ", file=sys.stderr)
+        elif damage:
+            raise RecordFileError(
+                f"{path}: {damage}, so the training cannot go on from there; resume from a whole checkpoint, or begin again "
+                "(with this one's weights as the model, if they are whole)"
+            )
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            _check_adapter(path, isinstance(self.model, PeftModel))
+        _check_kind(path, self.is_fsdp_enabled, self.is_deepspeed_enabled)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step < self.state.max_steps:
@@ -56,6 +87,27 @@ def last_whole_checkpoint(
     if process.num_processes > 1:
         broadcast_object_list(found)
     return found[0]
+
+
+def _newest(folder: Path) -> Path:
+    found = _checkpoints(folder)
+    if not found:
+        raise RecordFileError(f"{folder}: there is no checkpoint in it; leave resume_from_checkpoint out to begin")
+    return found[-1]
+
+
+def _check_adapter(path: Path, adapted: bool) -> None:
+    # Of the other kind's optimizer, torch says that a parameter group has another size.
+    there = (path / "adapter_config.json").is_file()
+    if there and not adapted:
+        raise ConfigError(
+            f"{path} is of a training of an adapter, and this one trains all weights; give peft_config, or another output folder"
+        )
+    if adapted and not there:
+        raise ConfigError(
+            f"{path} is of a training of all weights, and this one trains an adapter; leave peft_config out, or give another "
+            "output folder"
+        )
 
 
 def check_processes(working: Path, before: int | None, now: int) -> None:
@@ -117,18 +169,8 @@ def checkpoint_damage(path: Path, args: TrainingArguments, processes: int = 1) -
     if damage := _missing(path, args, processes):
         return damage
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        name, size = file.relative_to(path), file.stat().st_size
-        try:
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt"):  # compares the file's size with its header
-                    pass
-            elif file.suffix in (".pt", ".pth", ".bin"):
-                with zipfile.ZipFile(file):  # its directory stands at its end
-                    pass
-            elif file.suffix == ".json":
-                json.loads(file.read_text(encoding="utf-8"))
-        except (SafetensorError, zipfile.BadZipFile, ValueError, OSError):
-            return f"{name} ({size} bytes) is cut off or damaged"
+        if damage := file_damage(file):
+            return f"{file.relative_to(path)} {damage}"
     state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
     if not isinstance(state, dict) or not {"global_step", "max_steps"} <= state.keys():
         return "trainer_state.json does not say at which step it was written"
@@ -142,16 +184,11 @@ def _missing(path: Path, args: TrainingArguments, processes: int) -> str | None:
     fsdp = any(path.glob(f"{FSDP_WEIGHTS}*"))
     engine = fsdp or any(path.glob(f"{DEEPSPEED_STATE}*"))
     if not engine and not any(path.glob("*.safetensors")):
-        return "there are no weights"
-    for index in path.glob("*.safetensors.index.json"):
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return f"{index.name} is cut off or damaged"
-        if gone := sorted(shard for shard in shards if not (path / shard).is_file()):
-            return f"{gone[0]} is missing"
-    if args.save_only_model:
-        return None
+        return "there are no weights: model.safetensors, or adapter_model.safetensors, is missing"
+    if shard := missing_shard(path):
+        return shard
+    if (path / "adapter_model.safetensors").is_file() and not (path / "adapter_config.json").is_file():
+        return "adapter_config.json is missing"
     needed = [] if engine else ["optimizer.pt", "scheduler.pt"]
     if (path / f"{FSDP_WEIGHTS}.bin").is_file():
         needed = ["optimizer.bin", "scheduler.pt"]
@@ -159,7 +196,8 @@ def _missing(path: Path, args: TrainingArguments, processes: int) -> str | None:
         needed = [f"{FSDP_WEIGHTS}_0/.metadata", "optimizer_0/.metadata", "scheduler.pt"]
     if not args.save_on_each_node:  # otherwise those of other machines lie there
         needed += ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-    return next((f"{name} is missing" for name in needed if not (path / name).is_file()), None)
+    gone = next((name for name in needed if not (path / name).is_file()), None)
+    return None if gone is None else f"{gone} is missing" + " (save_only_model=True)" * args.save_only_model
 
 
 def mean_loss(history: list[dict[str, Any]], otherwise: float) -> float:

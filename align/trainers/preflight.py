@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import TrainerCallback
 from ..atomic import atomic_path
 from ..errors import DeviceMemoryError
 from ..logps import length_dependent
+from ..positions import position_limit
 from ..processes import together
 from .guards import FiniteGuard
 from .longest import LongestBatch
@@ -56,6 +58,11 @@ class Preflight(FiniteGuard, ABC):
         super().__init__(*args, **kwargs)
         if self.args.preflight:
             self.add_callback(_BeforeTheFirstStep(self))
+
+    @cached_property
+    def _positions(self) -> int | None:
+        """Most tokens of a sequence; `None` without a bound."""
+        return position_limit(self.model)
 
     @abstractmethod
     def longest_batches(self) -> list[LongestBatch]:

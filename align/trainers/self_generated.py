@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
 
 from ..contexts import MixedRow, OwnTokens, draw_contexts, mixed_row
 from ..errors import ConfigError, RecordError, RecordFileError
 from ..mix import IGNORED, Example, epsilon_at
 from ..models import keep_trainable
+from ..positions import check_positions
 from ..progress import progress
-from ..rac import CorrectionSettings, draw_corrections, longest_correction
-from ..records import Record, read_records, write_records
+from ..rac import CorrectionSettings, draw_corrections, longest_correction, split_source
+from ..records import Record, read_records, row_name, write_records
 from .longest import LongestBatch, collate, longest_rows, row_id
 from .sft import GuardedSFTConfig, GuardedSFTTrainer
 from .whole_weights import whole_weights
@@ -163,6 +165,11 @@ class SelfGeneratedTrainer(GuardedSFTTrainer):
         """The longest example that can be made of a row's ground truth: here, contexts are as long as it is."""
         return source
 
+    def check_source(self, source: Example, name: str) -> None:
+        """Raises a RecordError where what is drawn for a row's ground truth has more tokens than the model has positions."""
+        remedy = f"set max_length to {self._positions} or less"
+        check_positions(len(source.input_ids), self._positions, f"{name}: its length", remedy)
+
     def longest_batches(self) -> list[LongestBatch]:
         longest = longest_rows(self)
         rows, inputs = collate(self, longest)
@@ -216,6 +223,7 @@ class SelfGeneratedTrainer(GuardedSFTTrainer):
                     f"update {first + step}: an example has labels that are not its ids, as rows of `align mix` do; "
                     f"{type(self).__name__} draws its own contexts from ground truth: give it that, or train with SFTTrainer"
                 )
+            self.check_source(source, f"update {first + step}, row {row}")
             places.append(Place(first + step, process * self.args.per_device_train_batch_size + row, source))
         return places
 
@@ -322,6 +330,23 @@ class RACTrainer(SelfGeneratedTrainer):
     alone (Cen et al., TMLR 2025, arXiv 2410.14655). An empty cue and `prefix_fraction=(0, 0)` is TRL's `SFTTrainer`."""
 
     config_class = RACConfig
+
+    def __init__(self, model: Any, args: RACConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(model, args, **kwargs)
+        if self._positions is not None and isinstance(self.train_dataset, Dataset):
+            for place, row in enumerate(self.train_dataset):
+                self.check_source(Example(row["input_ids"], row["labels"]), f"train data set, {row_name(row, place)}")
+
+    def check_source(self, source: Example, name: str) -> None:
+        limit, new = self._positions, self.args.max_new_tokens
+        if limit is None:
+            return
+        if self.args.corrections().generates:
+            drawn = len(split_source(source, name)[0]) + new
+            check_positions(drawn, limit, f"{name}: prompt and max_new_tokens", "lower max_new_tokens")
+        longest = len(self.longest_example(source, name).input_ids)
+        remedy = f"set max_length to {limit} or less, or lower max_new_tokens"
+        check_positions(longest, limit, f"{name}: the longest correction", remedy)
 
     def longest_example(self, source: Example, name: str) -> Example:
         return longest_correction(self._tokenizer, source, name, self.args.corrections())

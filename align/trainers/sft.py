@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -10,15 +11,20 @@ from datasets import Dataset, Features, IterableDataset, Json, List
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
+from ..checks import fit_fields
+from ..damage import whole_folders
 from ..errors import ConfigError, RecordError
+from ..positions import check_positions
 from ..processes import check_group
 from ..prompts import READ_COLUMNS, check_template, check_used, template_arguments, template_columns, without_nulls
 from ..records import row_name
 from ..safety import no_pickles
 from ..tokens import CompletionRule, encode_row
+from .adapters import check_layers, checked_layers
 from .longest import LongestBatch, collate, longest_rows, row_id
 from .preference_data import column_names
 from .preflight import Preflight
+from .row_checks import check_not_empty, check_sft_ids, check_sft_rows, data_sets
 from .sharding import check_sharding
 from .trackers import check_trackers
 
@@ -46,6 +52,7 @@ class GuardedSFTConfig(SFTConfig):
     trl_completions: bool = field(default=False, metadata={"help": "Tokenize prompts and completions as TRL does."})
 
     def __post_init__(self) -> None:
+        fit_fields(self)
         super().__post_init__()
         check_trackers(self.report_to)
 
@@ -64,16 +71,23 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
             )
         check_group(args.world_size)
         self._checkpoint, self._rule = getattr(model, "generation_config", model), None
-        #: Rows of every data set, and those that are dropped since truncation leaves them nothing to train on, by its name.
+        given = signature(SFTTrainer.__init__).bind_partial(self, model, args, *others, **kwargs).arguments
+        for name, dataset in data_sets(given.get("train_dataset"), given.get("eval_dataset")):
+            check_not_empty(dataset, name)
+        #: Rows, and how many of them were dropped, of every data set, by its name.
         self.data_report: dict[str, dict[str, int]] = {}
-        with no_pickles(model):
+        with no_pickles(model), whole_folders(model), checked_layers(given.get("peft_config")) as layers:
             super().__init__(model, args, *others, **kwargs)
+        check_layers(self.model, layers)
+        for name, dataset in data_sets(self.train_dataset, self.eval_dataset):
+            check_sft_ids(self.model, dataset, name)
         check_sharding(self)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        check_not_empty(dataset, dataset_name)
+        if formatting_func is None:
+            check_sft_rows(dataset, dataset_name, args, bool(processing_class.chat_template or self.chat_template))
         names = column_names(dataset)
-        if not names:
-            raise RecordError(f"{dataset_name} data set: there are no rows in it; give some")
         self._rule = self._rule or CompletionRule.of(
             getattr(processing_class, "tokenizer", processing_class), self._checkpoint, args.trl_completions
         )
@@ -87,9 +101,14 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
             if {"prompt", "completion"} <= set(names) and ours and not custom:
                 dataset = self._encoded(dataset, processing_class, args, dataset_name)
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        self.data_report[dataset_name] = (
-            {} if packing else _count_dropped(dataset, prepared, dataset_name, args.max_length)
-        )
+        if isinstance(prepared, Dataset):
+            dropped = 0 if packing and len(prepared) else len(dataset) - len(prepared)
+            self._report_rows(dataset_name, len(dataset), dropped, args.max_length)
+        elif next(iter(prepared), None) is None:
+            raise RecordError(
+                f"{dataset_name} data set: truncation to max_length = {args.max_length} leaves no token to train on in any "
+                "row; raise max_length"
+            )
         return prepared
 
     def _encoded(self, dataset: Dataset | IterableDataset, tokenizer, args, name: str) -> Dataset | IterableDataset:
@@ -108,6 +127,21 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
             options = {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {name} dataset"}
         with global_then_local_main_first():
             return dataset.map(encode, with_indices=True, **options)
+
+    def _report_rows(self, name: str, rows: int, dropped: int, max_length: int | None) -> None:
+        """Counts the rows that have nothing to learn after truncation, which TRL drops without a word."""
+        self.data_report[name] = {"rows": rows, "prompt_fills_max_length": dropped}
+        reason = f"max_length = {max_length} leaves them no token to learn (their prompts fill it, say)"
+        if dropped == rows:
+            raise RecordError(f"{name} data set: none of its {rows} rows can be used: {reason}; raise max_length")
+        if dropped:
+            logger.warning(f"{name} data set: {dropped} of {rows} rows dropped: {reason}")
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *others: Any, **kwargs: Any) -> Any:
+        if "position_ids" not in inputs and "input_ids" in inputs:  # rows of a stream are not known before
+            tokens = inputs["input_ids"].shape[1]
+            check_positions(tokens, self._positions, "the longest row of a batch", "set max_length to it or less")
+        return super().compute_loss(model, inputs, *others, **kwargs)
 
     def _why_no_preflight(self) -> str | None:
         if isinstance(self.train_dataset, Dataset) and "input_ids" not in self.train_dataset.column_names:
@@ -173,24 +207,3 @@ def _may_have_gaps(feature: Any) -> bool:
 
 def _json_feature(feature: Any) -> Any:
     return List(Json()) if isinstance(feature, List) else Json()
-
-
-def _count_dropped(dataset: Any, prepared: Any, name: str, max_length: int | None) -> dict[str, int]:
-    """Rows, and those that TRL drops since truncation leaves them no label; a stream's are not counted.
-
-    Raises:
-        RecordError: no row is left.
-    """
-    if next(iter(prepared), None) is None:
-        raise RecordError(
-            f"{name} data set: max_length = {max_length} leaves no token to train on in any row; raise max_length"
-        )
-    if isinstance(dataset, IterableDataset):
-        return {}
-    dropped = len(dataset) - len(prepared)
-    if dropped:
-        logger.warning(
-            f"{name} data set: {dropped} of {len(dataset)} rows dropped: max_length = {max_length} leaves them no "
-            "token to train on"
-        )
-    return {"rows": len(dataset), "prompt_fills_max_length": dropped}

@@ -14,22 +14,34 @@ from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id
 
+from ..checks import fit_fields
+from ..damage import whole_folders
 from ..errors import ConfigError
 from ..losses import weighted_logps
 from ..models import keep_trainable, load_tokenizer, vocab_size
+from ..positions import check_positions
 from ..processes import check_group
 from ..safety import no_pickles
 from ..tokens import CompletionRule, label_values, pad_rows, shift_to_labels, truncate
+from .adapters import check_layers, checked_layers
 from .longest import LongestBatch, longest_pairs
 from .preference_data import SIDES, has_reference, prepare_preference_dataset
 from .prefix_sharing import PaddedRows, PrefixSharing, layout_of
 from .preflight import Preflight
 from .reference_check import check_reference_columns
+from .row_checks import check_not_empty, check_pair_lengths, data_sets
 from .sharding import check_sharding
 from .token_budget import FIELDS, TokenBudget
 from .token_reference import PREFIX, TokenReference
 from .trackers import check_trackers
 from .weight_check import ConstantWeights
+
+#: TRL's loss types and divergences, which it looks up within the first step.
+LOSS_TYPES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
 @dataclass
@@ -88,7 +100,12 @@ class TokenDPOConfig(DPOConfig):
     )
 
     def __post_init__(self) -> None:
+        fit_fields(self)
         super().__post_init__()
+        for name, known in (("loss_type", LOSS_TYPES), ("f_divergence_type", DIVERGENCES)):
+            given = getattr(self, name)
+            if unknown := [one for one in ([given] if isinstance(given, str) else given) if one not in known]:
+                raise ConfigError(f"{name} = {unknown[0]!r} must be one of {', '.join(known)}; correct the name")
         check_trackers(self.report_to)
         if self.use_weighting:
             raise ConfigError(
@@ -134,7 +151,8 @@ def _vocab_size(model, args: TokenDPOConfig) -> int:
 def _config_of(model, args: TokenDPOConfig):
     if not isinstance(model, str):
         return model.config
-    return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+    with whole_folders(model):
+        return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
 
 
 class _TokenWeightedModel:
@@ -204,6 +222,8 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
                 f"args is a {type(args).__name__}; {type(self).__name__} needs {self.config_class.__name__}"
             )
         check_group(args.world_size)
+        for dataset_name, dataset in data_sets(train_dataset, eval_dataset):
+            check_not_empty(dataset, dataset_name)
         if processing_class is None:
             processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
         if not hasattr(processing_class, "pad_token"):
@@ -239,11 +259,18 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         # In full fine-tuning, stored references stand in for TRL's precomputed sums, so that it loads no second model.
         args = copy.copy(args)  # the caller's own may serve another trainer
         args.precompute_ref_log_probs = args.precompute_ref_log_probs or (stored and not adapted)
-        with no_pickles(model, ref_model):
+        with (
+            no_pickles(model, ref_model),
+            whole_folders(model, ref_model),
+            checked_layers(kwargs.get("peft_config")) as layers,
+        ):
             super().__init__(
                 model=model, ref_model=ref_model, args=args, data_collator=data_collator, train_dataset=train_dataset,
                 eval_dataset=eval_dataset, processing_class=processing_class, **kwargs,
             )  # fmt: skip
+        check_layers(self.model, layers)
+        for dataset_name, dataset in data_sets(self.train_dataset, self.eval_dataset):
+            check_pair_lengths(self, dataset, dataset_name)
         check_sharding(self)
         keep_trainable(self.model)  # evaluation runs in eval mode
         if self.aux_loss_enabled and getattr(args, "loss_aggregation", None) == "position":
@@ -293,6 +320,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         return ()
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        check_not_empty(dataset, dataset_name)
         dataset, self.data_report[dataset_name] = prepare_preference_dataset(
             dataset,
             processing_class,
@@ -322,6 +350,10 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         return torch.cat(self.token_weights(*sides))
 
     def _compute_loss(self, model, inputs, return_outputs):
+        if self._positions is not None:  # rows of a stream are not known before
+            tokens = int(inputs["attention_mask"].sum(1).max())
+            remedy = f"set max_length to {self._positions} or less"
+            check_positions(tokens, self._positions, "the longest row of a batch", remedy)
         return self._loss(partial(self._layout, model), inputs, return_outputs)
 
     def _loss(self, call: Callable[..., Any], inputs: dict[str, Any], return_outputs: bool):

@@ -15,6 +15,7 @@ from ..progress import progress
 from ..tokens import shift_to_labels, truncate
 from .preference_data import SIDES, has_reference, pad_columns
 from .reference_cache import ReferenceCache, default_folder, row_key, weights_key
+from .row_checks import check_pair_lengths
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -32,6 +33,7 @@ class TokenReference(DPOTrainer):
         # TRL's stores one sum per side; ours stores the tokens' numbers, so that weights can be applied to them.
         if has_reference(dataset):
             return dataset
+        check_pair_lengths(self, dataset, name)
         keys = self._reference_keys(dataset)
         self._layout, self._ref_layout  # noqa: B018 (tried with the adapter on)
         cache = self._reference_cache() if self.accelerator.is_main_process else None

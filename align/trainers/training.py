@@ -18,13 +18,15 @@ from safetensors import SafetensorError
 from trl import SFTTrainer
 
 from ..atomic import failed_write, sync, write_error
+from ..checks import fitted
 from ..errors import AlignError, ConfigError, MissingColumnError, RecordError, RecordFileError
 from ..identity import model_identity
 from ..locks import locked, remove_temporaries
 from ..models import base_fingerprint, load_model, load_tokenizer, vocab_size, write_base_file
+from ..positions import check_positions, position_limit
 from ..processes import process_state, together
 from ..record_file import Derived
-from ..records import Record, check_records
+from ..records import Record, check_records, row_name
 from ..safety import check_checkpoint
 from ..stages import is_complete, manifest_path, read_manifest, records_hash, say_discarded, write_manifest
 from ..tokens import check_row_ids
@@ -69,18 +71,40 @@ def _sft_row(row: Record) -> Record:
     }
 
 
-def _arguments(cls: type, args: Mapping[str, Any], out_dir: Path) -> Any:
+def _arguments(cls: type, args: Mapping[str, Any], out_dir: Path, where: str = "args") -> Any:
     known = {field.name for field in dataclasses.fields(cls) if field.init}
     if unknown := sorted(set(args) - known):
-        raise ConfigError(f"{', '.join(unknown)}: no field of {cls.__name__}; mend the name or remove it")
+        raise ConfigError(f"{where}: {', '.join(unknown)}: no field of {cls.__name__}; correct the name or remove it")
+    if "output_dir" in args:
+        raise ConfigError(f"{where}: output_dir is the folder that the training is given; leave it out")
+    args = fitted(cls, args, where)
     if process_state().device.type == "cpu":
         args = {"use_cpu": True, "dataloader_pin_memory": False, **args}
     check_trackers(args.get("report_to", "none"))
-    return cls(output_dir=str(out_dir), **{"report_to": "none", **args})
+    return _made(cls, {"output_dir": str(out_dir), "report_to": "none", **args}, where)
 
 
-def _lora(lora: Mapping[str, Any] | None) -> LoraConfig | None:
-    return None if lora is None else LoraConfig(task_type="CAUSAL_LM", **lora)
+def _lora(lora: Mapping[str, Any] | None, where: str = "lora") -> LoraConfig | None:
+    if lora is None:
+        return None
+    known = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
+    if unknown := sorted(set(lora) - known):
+        raise ConfigError(f"{where}: {', '.join(unknown)}: no field of LoraConfig; correct the name or remove it")
+    if lora.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
+        raise ConfigError(f"{where}: task_type = {lora['task_type']!r} must be 'CAUSAL_LM'; leave it out")
+    # PEFT declares lora_alpha as a whole number, and takes any.
+    checked = {key: value for key, value in lora.items() if key != "lora_alpha" or type(value) is not float}
+    return _made(LoraConfig, {"task_type": "CAUSAL_LM", **lora, **fitted(LoraConfig, checked, where)}, where)
+
+
+def _made(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    """A library's configuration, whose refusal becomes a ConfigError."""
+    try:
+        return cls(**values)
+    except (TypeError, ValueError, ImportError) as error:
+        if isinstance(error, ConfigError):
+            raise ConfigError(f"{where}: {str(error).removeprefix(f'{cls.__name__}: ')}") from None
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
 
 
 def check_training(
@@ -88,14 +112,21 @@ def check_training(
     out_dir: str | os.PathLike,
     args: Mapping[str, Any] | None = None,
     lora: Mapping[str, Any] | None = None,
+    section: str = "",
 ) -> None:
-    """Raises a ConfigError where a training could not begin with these settings: see `train_sft`, `train_preference`."""
+    """Raises a ConfigError where a training could not begin with these settings: see `train_sft`, `train_preference`.
+
+    Args:
+        section: of a recipe that they are in, for messages.
+    """
     cls = SFT_TRAINERS[method][0] if method in SFT_TRAINERS else PREFERENCE_TRAINERS[method].config_class
-    try:
-        _arguments(cls, args or {}, Path(out_dir))
-        _lora(lora)
-    except (TypeError, ValueError) as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(f"{method}: {error}") from error
+    for name, values in (("args", args), ("lora", lora)):
+        if not isinstance(values, (Mapping, type(None))):
+            raise ConfigError(
+                f"{section or method}.{name} = {values!r} must be a mapping of names to values; correct it"
+            )
+    _arguments(cls, args or {}, Path(out_dir), f"{section or method}.args")
+    _lora(lora, f"{section or method}.lora")
 
 
 def check_trainable(model: Mapping[str, Any], lora: Mapping[str, Any] | None) -> None:
@@ -160,13 +191,17 @@ def train_sft(
         )
 
     def build(base, tokenizer, directory: Path) -> SFTTrainer:
+        limit = position_limit(base)
         for index, row in enumerate(demonstrations):
             check_row_ids(row, index, ("prompt_ids", "completion_ids"), vocab_size(base))
-        config = _arguments(config_class, {"completion_only_loss": True, **(args or {})}, directory)
+            tokens = min(len(row["prompt_ids"]) + len(row["completion_ids"]), config.max_length or 2**63)
+            name = f"demonstrations, {row_name(row, index)}: prompt and completion"
+            check_positions(tokens, limit, name, f"set max_length to {limit} or less")
+        own = _arguments(config_class, {"completion_only_loss": True, **(args or {})}, directory)
         return trainer_class(
             base,
-            args=config,
-            train_dataset=dataset_on_disk(rows, directory / ROWS_FILE, config.disable_tqdm),
+            args=own,
+            train_dataset=dataset_on_disk(rows, directory / ROWS_FILE, own.disable_tqdm),
             processing_class=tokenizer,
             peft_config=_lora(lora),
         )
@@ -268,7 +303,12 @@ def _train_alone(
     base = load_model(**(model if settings["lora"] is not None else {**model, "dtype": "float32"}))
     tokenizer = load_tokenizer(model["path"], trust_remote_code=model.get("trust_remote_code", False))
     fingerprint = base_fingerprint(base)
-    trainer = build(base, tokenizer, working)
+    try:
+        trainer = build(base, tokenizer, working)
+    except (TypeError, ValueError) as error:  # what TRL's trainers make of settings that contradict each other
+        if isinstance(error, AlignError):
+            raise
+        raise ConfigError(f"{method}: the trainer cannot begin: {' '.join(str(error).split())}") from error
     checkpoint = last_whole_checkpoint(
         working, trainer.args, fsdp=trainer.is_fsdp_enabled, deepspeed=trainer.is_deepspeed_enabled
     )
