@@ -281,9 +281,9 @@ class Settings:
         self._check_trainings(config, out)
 
     def _check_sources(self, config: ChainConfig) -> None:
-        from .models import load_model
+        from .models import loading_arguments
 
-        check_keys("model", config.model, set(signature(load_model).parameters) - {"adapter"}, needed="path")
+        check_keys("model", config.model, loading_arguments() - {"adapter"}, needed="path")
         problems = set(signature(load_problems).parameters)
         pairs = set(signature(tokenize_pairs).parameters) - {"tokenizer", "out_path", "settings"}
         for name, known in (("train", problems), ("test", problems), ("pairs", pairs), ("test_pairs", pairs)):
@@ -317,7 +317,7 @@ class Settings:
 
     def _check_teaching(self, config: ChainConfig, out: Path, learns: set[str]) -> None:
         """The sections of a teacher; asked for where a method learns from one."""
-        from .models import load_model
+        from .models import loading_arguments
         from .trainers.training import check_trainable, check_training
 
         for name in ("teacher", "trace", "special_tokens", "select"):
@@ -343,7 +343,7 @@ class Settings:
             return
         if not config.teacher:
             raise ConfigError("section 'teacher' is missing: name one (path), or say how to train one (args)")
-        loaded = set(signature(load_model).parameters)
+        loaded = loading_arguments()
         if "path" in config.teacher:
             check_keys("teacher", config.teacher, loaded)
             return

