@@ -12,6 +12,7 @@ from .cli_common import (
     Dtype,
     Model,
     Quantization,
+    Revision,
     Trust,
     finished,
     identity,
@@ -64,6 +65,7 @@ def sample(
     ] = None,
     quantization: Quantization = None,
     trust_remote_code: Trust = False,
+    revision: Revision = None,
     engine: Annotated[
         str, typer.Option(help="transformers; vllm (pip install 'align[vllm]'); or server, one that returns token ids.")
     ] = "transformers",
@@ -97,6 +99,7 @@ def sample(
         timeout,
     )  # fmt: skip
     loaded = {"path": model, "adapter": adapter, "quantization": quantization, "trust_remote_code": trust_remote_code}
+    loaded |= {} if revision is None else {"revision": revision}
     loaded |= {} if dtype is None else {"dtype": dtype}
     stops = tuple(map(unescape, stop or ()))
     config = SampleConfig(n, temperature, top_p, top_k, max_new_tokens, max_prompt_length, stops, seed, batch_size)
@@ -111,10 +114,10 @@ def sample(
         system_prompt=unescape(system_prompt),
         answers=answers,
     )
-    depends = {**identity(model, dtype, quantization, adapter=adapter), **drawing.settings()}
+    depends = {**identity(model, dtype, quantization, revision, adapter=adapter), **drawing.settings()}
     if finished(out, "sample", sample_settings(rows, config, depends)):
         return
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code, revision=revision)
     with open_engine(drawing, loaded, tokenizer) as opened:
         print_counts(sample_completions(opened, tokenizer, rows, out, config, depends))
 
@@ -167,6 +170,7 @@ def tokenize(
         int | None, typer.Option(help="Leave out (and count) rows with longer prompts.")
     ] = None,
     trust_remote_code: Trust = False,
+    revision: Revision = None,
 ) -> None:
     """Makes pairs of a preference data set: prompt, chosen, rejected, as text or messages.
 
@@ -179,9 +183,9 @@ def tokenize(
     check_apart(source, out)
     print_counts(
         tokenize_pairs(
-            source, load_tokenizer(model, trust_remote_code=trust_remote_code), out, split=split, subset=subset,
+            source, load_tokenizer(model, trust_remote_code=trust_remote_code, revision=revision), out, split=split, subset=subset,
             limit=limit, chat=chat, system_prompt=unescape(system_prompt), max_prompt_length=max_prompt_length,
-            settings={"model": model_identity(model)},
+            settings={"model": model_identity(model, revision=revision)},
         )
     )  # fmt: skip
 
@@ -255,6 +259,7 @@ def merge(
     adapter: Annotated[str, typer.Option(help="LoRA adapter to merge into it.")],
     dtype: Dtype = "bfloat16",
     trust_remote_code: Trust = False,
+    revision: Revision = None,
 ) -> None:
     """Merges a LoRA adapter into its base: a model of its own, to train another adapter on.
 
@@ -262,7 +267,7 @@ def merge(
     """
     from .merge import merge_adapter
 
-    typer.echo(merge_adapter(model, adapter, out, dtype=dtype, trust_remote_code=trust_remote_code))
+    typer.echo(merge_adapter(model, adapter, out, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision))
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from .cli_common import (
     MaxTokens,
     Model,
     Quantization,
+    Revision,
     Trust,
     identity,
     load,
@@ -55,6 +56,7 @@ def bash(
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
     trust_remote_code: Trust = False,
+    revision: Revision = None,
 ) -> None:
     """Interleaves ground truth and own tokens; labels are the ground truth.
 
@@ -66,11 +68,11 @@ def bash(
 
     check_apart(source, out)
     config = OwnTokens(generation, passes, temperature, max_tokens_per_batch)
-    loaded, tokenizer = load(model, adapter, dtype, quantization, trust_remote_code)
+    loaded, tokenizer = load(model, adapter, dtype, quantization, trust_remote_code, revision)
     rows = load_demonstrations(
         source, tokenizer, split=split, subset=subset, limit=limit, prompt_template=unescape(prompt_template), chat=chat
     )
-    depends = identity(model, dtype, quantization, adapter=adapter)
+    depends = identity(model, dtype, quantization, revision, adapter=adapter)
     print_counts(mix_bash(loaded, tokenizer, rows, out, epsilon=epsilon, config=config, seed=seed, settings=depends))
 
 
@@ -98,6 +100,7 @@ def rac(
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
     trust_remote_code: Trust = False,
+    revision: Revision = None,
 ) -> None:
     """Generates answers and puts cue and reference behind their beginnings; labels are cue and reference alone.
 
@@ -112,9 +115,9 @@ def rac(
     config = CorrectionSettings(
         text, prefix_fraction, keep_correct_share, max_new_tokens, temperature, max_length, max_tokens_per_batch
     )
-    loaded, tokenizer = load(model, adapter, dtype, quantization, trust_remote_code)
+    loaded, tokenizer = load(model, adapter, dtype, quantization, trust_remote_code, revision)
     rows = load_demonstrations(
         source, tokenizer, split=split, subset=subset, limit=limit, prompt_template=unescape(prompt_template), chat=chat
     )
-    depends = identity(model, dtype, quantization, adapter=adapter)
+    depends = identity(model, dtype, quantization, revision, adapter=adapter)
     print_counts(mix_rac(loaded, tokenizer, rows, out, config=config, seed=seed, settings=depends))

@@ -19,10 +19,10 @@ from .processes import launched_processes
 from .safety import check_folder
 from .sample import Draws, Engine, SampleConfig, TransformersEngine, cut_at_end, derived_seed, with_own_ends
 from .stopping import watch
-from .vllm_adapter import adapter_rank
+from .vllm_adapter import adapter_rank, check_tied
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
     from typing_extensions import Unpack
 
     from .hub import Source
@@ -153,9 +153,7 @@ def open_engine(config: EngineConfig, model: Mapping[str, Any], tokenizer: PreTr
     return ServerEngine(config, model, tokenizer)
 
 
-def describe_model(
-    path: str, tokenizer: PreTrainedTokenizerBase, **source: Unpack[Source]
-) -> tuple[int, list[int]]:
+def describe_model(path: str, tokenizer: PreTrainedTokenizerBase, **source: Unpack[Source]) -> tuple[int, list[int]]:
     """Size of a model's vocabulary and its end tokens, from its configuration alone.
 
     Args:
@@ -164,21 +162,27 @@ def describe_model(
     Raises:
         ModelLoadError: there is no configuration.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     source = source_of(source)
-    try:
-        config = AutoConfig.from_pretrained(path, **{"trust_remote_code": False, **source})
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(
-            f"{path}: no configuration can be loaded from there ({_short(error)}); give the model's folder or hub name"
-        ) from error
+    config = _config(path, source)
     try:
         of_code = ("trust_remote_code", "code_revision")
         generation = GenerationConfig.from_pretrained(path, **{k: v for k, v in source.items() if k not in of_code})
     except OSError:
         generation = GenerationConfig.from_model_config(config)
     return config.get_text_config().vocab_size, with_own_ends(tokenizer.eos_token_id, generation)
+
+
+def _config(path: str, source: Mapping[str, Any]) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, **{"trust_remote_code": False, **source})
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(
+            f"{path}: no configuration can be loaded from there ({_short(error)}); give the model's folder or hub name"
+        ) from error
 
 
 def read_completion(
@@ -270,6 +274,7 @@ class VLLMEngine(Engine):
         lora = {}
         if adapter is not None:
             rank = adapter_rank(adapter, {field.name for field in fields(PEFTHelper)})
+            check_tied(adapter, _config(path, source))
             lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
         check_folder(path)
         self.llm: LLM | None = None

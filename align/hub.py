@@ -93,7 +93,9 @@ def commit_of(name: str, source: Mapping[str, Any]) -> str | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    asked = source_of({key: source.get(key) for key in ("revision", "subfolder", "cache_dir", "token", "local_files_only")})
+    asked = source_of(
+        {key: source.get(key) for key in ("revision", "subfolder", "cache_dir", "token", "local_files_only")}
+    )
     for file in _CONFIGS:
         try:
             parts = Path(hf_hub_download(name, file, **asked)).parts

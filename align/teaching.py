@@ -55,7 +55,9 @@ class Teaching:
             return given
         base, folder, path = given.get("model", self.config.model), self.out / "teacher", self.out / "teacher.jsonl"
         tokenizer, problems = self._tokenizer(base), load_problems(**given.get("problems", self.config.train))
-        tokenize_demonstrations(problems, tokenizer, path, settings={"teacher": model_identity(base["path"], **source_of(base))})
+        tokenize_demonstrations(
+            problems, tokenizer, path, settings={"teacher": model_identity(base["path"], **source_of(base))}
+        )
         training = {name: given[name] for name in ("args", "lora") if name in given}
         trained = train_sft(base, RecordFile(path), folder, **training)
         self.counts["train teacher"] = trained or read_manifest(folder)["counts"]

@@ -39,7 +39,8 @@ ENGINE = {"--engine": st.sampled_from(["transformers", "server", "server", "x"])
           "--gpu-memory-utilization": share}  # fmt: skip
 
 #: Options that only what loads models looks at, which is replaced here, or what runs them on a GPU.
-LOADING = {"--cuda-graphs", "--dtype", "--trust-remote-code", "--teacher-adapter", "--student-adapter"}
+LOADING = {"--cuda-graphs", "--dtype", "--trust-remote-code", "--teacher-adapter", "--student-adapter", "--revision",
+           "--teacher-revision", "--student-revision"}  # fmt: skip
 
 #: Command -> kinds of its input, whether it writes records, what it always needs, and what it may have.
 COMMANDS = {

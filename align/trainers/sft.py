@@ -6,14 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
+from transformers import AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 from ..errors import ConfigError
+from ..hub import source_of
 from ..processes import check_group
 from ..safety import no_pickles
+from .loading import name_of_tokenizer, source_of_trainer, whole_source, with_revision
 from .longest import LongestBatch, collate, longest_rows, row_id
 from .preflight import Preflight
-from .sharding import check_sharding
+from .sharding import check_offloaded, check_sharding
 from .trackers import check_trackers
 
 
@@ -38,7 +41,10 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
 
     config_class = GuardedSFTConfig
 
-    def __init__(self, model: Any, args: GuardedSFTConfig | None = None, *others: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, args: GuardedSFTConfig | None = None, data_collator: Any = None, train_dataset: Any = None,
+        eval_dataset: Any = None, processing_class: Any = None, *others: Any, **kwargs: Any,
+    ) -> None:  # fmt: skip
         if args is None:
             args = self.config_class("trainer_output")
         if not isinstance(args, self.config_class):
@@ -46,8 +52,15 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
                 f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(args).__name__}"
             )
         check_group(args.world_size)
-        with no_pickles(model):
-            super().__init__(model, args, *others, **kwargs)
+        if processing_class is None and source_of(args.model_init_kwargs):
+            processing_class = AutoProcessor.from_pretrained(name_of_tokenizer(model), **source_of_trainer(args))
+        kwargs["peft_config"] = with_revision(kwargs.get("peft_config"), model, args)
+        if kwargs["peft_config"] is None:
+            check_offloaded(model)
+        with no_pickles(model, subfolder=source_of_trainer(args).get("subfolder")), whole_source(model, args):
+            super().__init__(
+                model, args, data_collator, train_dataset, eval_dataset, processing_class, *others, **kwargs
+            )
         check_sharding(self)
 
     def _why_no_preflight(self) -> str | None:

@@ -9,10 +9,9 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from peft import PeftModel
 from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import get_config_model_id
 
 from ..errors import ConfigError
 from ..losses import weighted_logps
@@ -20,12 +19,14 @@ from ..models import keep_trainable, load_tokenizer, vocab_size
 from ..processes import check_group
 from ..safety import no_pickles
 from ..tokens import label_values, pad_rows, shift_to_labels, truncate
+from .loading import config_of, model_name, name_of_tokenizer, source_of_trainer, whole_source, with_revision
 from .longest import LongestBatch, longest_pairs
 from .preference_data import SIDES, has_reference, prepare_preference_dataset
 from .prefix_sharing import PaddedRows, PrefixSharing, layout_of
 from .preflight import Preflight
 from .reference_check import check_reference_columns
-from .sharding import check_sharding
+from .reference_model import check_adapters, complete_reference_adapter, frozen_copy
+from .sharding import check_offloaded, check_sharding, launched_with_fsdp
 from .token_budget import FIELDS, TokenBudget
 from .token_reference import PREFIX, TokenReference
 from .trackers import check_trackers
@@ -119,13 +120,7 @@ class TokenPreferenceCollator(DataCollatorForPreference):
 
 def _vocab_size(model, args: TokenDPOConfig) -> int:
     """How many ids a model, loaded or named, can be fed."""
-    return _config_of(model, args).get_text_config().vocab_size if isinstance(model, str) else vocab_size(model)
-
-
-def _config_of(model, args: TokenDPOConfig):
-    if not isinstance(model, str):
-        return model.config
-    return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+    return config_of(model, args).get_text_config().vocab_size if isinstance(model, str) else vocab_size(model)
 
 
 class _TokenWeightedModel:
@@ -187,16 +182,15 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         self, model, ref_model=None, args=None, data_collator=None, train_dataset=None, eval_dataset=None,
         processing_class=None, **kwargs,
     ) -> None:  # fmt: skip
-        name = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:
-            args = self.config_class(f"{name.split('/')[-1]}-{self._name}")
+            args = self.config_class(f"{model_name(model).split('/')[-1]}-{self._name}")
         if not isinstance(args, self.config_class):
             raise ConfigError(
                 f"args is a {type(args).__name__}; {type(self).__name__} needs {self.config_class.__name__}"
             )
         check_group(args.world_size)
         if processing_class is None:
-            processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+            processing_class = load_tokenizer(name_of_tokenizer(model), **source_of_trainer(args))
         if not hasattr(processing_class, "pad_token"):
             raise ConfigError(f"{type(self).__name__} trains language models without images; give a tokenizer")
         if data_collator is not None and not isinstance(data_collator, TokenPreferenceCollator):
@@ -214,7 +208,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
                 columns=(*self.token_columns, "ref_logps"),
             )
         if args.max_tokens_per_batch is not None:
-            self.check_budget_settings(args, _config_of(model, args))
+            self.check_budget_settings(args, config_of(model, args))
         #: Rows, dropped and truncated rows of every data set, by its name.
         self.data_report: dict[str, dict[str, int]] = {}
         self._vocabulary = min(len(processing_class), _vocab_size(model, args))
@@ -223,15 +217,29 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
             raise ConfigError(
                 "the data set has reference log-probabilities and ref_model is given; leave one of them out"
             )
-        adapted = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
+        kwargs["peft_config"] = with_revision(kwargs.get("peft_config"), model, args)
+        adapted = kwargs["peft_config"] is not None or isinstance(model, PeftModel)
         # In full fine-tuning, stored references stand in for TRL's precomputed sums, so that it loads no second model.
         args = copy.copy(args)  # the caller's own may serve another trainer
         args.precompute_ref_log_probs = args.precompute_ref_log_probs or (stored and not adapted)
-        with no_pickles(model, ref_model):
+        if kwargs["peft_config"] is None:
+            check_offloaded(model)
+        copied = ref_model is None and not adapted and self._copies_reference(model, args)
+        if copied:
+            ref_model = frozen_copy(model)
+        self._adapted_before = ref_model is None and isinstance(model, PeftModel)
+        if self._adapted_before:
+            check_adapters(model)
+        subfolder = source_of_trainer(args).get("subfolder")
+        with no_pickles(model, ref_model, subfolder=subfolder), whole_source(model, args):
             super().__init__(
                 model=model, ref_model=ref_model, args=args, data_collator=data_collator, train_dataset=train_dataset,
                 eval_dataset=eval_dataset, processing_class=processing_class, **kwargs,
             )  # fmt: skip
+        if copied and args.precompute_ref_log_probs:
+            self.ref_model = None  # its numbers are in the data set
+        if self._adapted_before:
+            complete_reference_adapter(self.model)
         check_sharding(self)
         keep_trainable(self.model)  # evaluation runs in eval mode
         if self.aux_loss_enabled and getattr(args, "loss_aggregation", None) == "position":
@@ -243,6 +251,11 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         self._constant_weights.look_at_rows()
         if stored and args.check_reference and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             check_reference_columns(self)
+
+    @staticmethod
+    def _copies_reference(model, args: TokenDPOConfig) -> bool:
+        """Whether a copy of a model is needed: TRL precomputes with the model itself, but where FSDP shards it."""
+        return not isinstance(model, str) and not (args.precompute_ref_log_probs and not launched_with_fsdp())
 
     def token_weights(
         self, chosen: dict[str, torch.Tensor], rejected: dict[str, torch.Tensor]

@@ -15,6 +15,7 @@ from ..progress import progress
 from ..tokens import shift_to_labels, truncate
 from .preference_data import SIDES, has_reference, pad_columns
 from .reference_cache import ReferenceCache, default_folder, row_key, weights_key
+from .reference_model import complete_reference_adapter
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -28,10 +29,15 @@ PREFIX = "token_"
 class TokenReference(DPOTrainer):
     """The half of `TokenDPOTrainer` that knows the reference per token: from columns, from the cache, or by running it."""
 
+    #: Whether the model was passed with an adapter, whose copy is the reference.
+    _adapted_before: bool = False
+
     def _precompute_ref_logps(self, dataset, name, batch_size):
         # TRL's stores one sum per side; ours stores the tokens' numbers, so that weights can be applied to them.
         if has_reference(dataset):
             return dataset
+        if self._adapted_before:
+            complete_reference_adapter(self.model)
         keys = self._reference_keys(dataset)
         self._layout, self._ref_layout  # noqa: B018 (tried with the adapter on)
         cache = self._reference_cache() if self.accelerator.is_main_process else None

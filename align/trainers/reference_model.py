@@ -1,0 +1,69 @@
+"""The reference of a model that is passed as an object: the model as it is now, not as its folder has it."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from accelerate.hooks import add_hook_to_module
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+#: What TRL calls the adapter that is trained, and its copy, the reference.
+TRAINED, REFERENCE = "default", "ref"
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model, as large as it is; TRL would load a second one in its place.
+
+    Raises:
+        ConfigError: its weights lie in pieces in several processes, or cannot be copied.
+    """
+    remedy = "give ref_model, or the model's name in place of the model, or set precompute_ref_log_probs=True"
+    if any(hasattr(parameter, "ds_id") or hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise ConfigError(
+            f"the model's weights are sharded already, so the reference cannot be copied from them; {remedy}"
+        )
+    try:
+        copied = copy.deepcopy(model)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        if "out of memory" in str(error):
+            raise
+        raise ConfigError(f"the reference cannot be copied from the model ({error}); {remedy}") from error
+    _forget_original(copied)
+    return copied.eval().requires_grad_(False)
+
+
+def _forget_original(copied: PreTrainedModel) -> None:
+    """Takes functions off a copied model that call the model they were put on: an earlier trainer's `forward`, accelerate's `to`."""
+    for name, value in list(vars(copied).items()):
+        if callable(value) and callable(getattr(type(copied), name, None)):
+            delattr(copied, name)
+    if hasattr(copied, "_hf_hook"):
+        add_hook_to_module(copied, copied._hf_hook)  # accelerate's `forward`, again
+
+
+def check_adapters(model: PeftModel) -> None:
+    """Raises a ConfigError where TRL cannot copy the adapter of a model for its reference."""
+    if TRAINED not in model.peft_config:
+        raise ConfigError(
+            f"the model's adapters are called {', '.join(model.peft_config)}; load the one to train as {TRAINED!r}"
+        )
+    if REFERENCE in model.peft_config:
+        raise ConfigError(
+            f"the model has an adapter {REFERENCE!r}, as after an earlier training; remove it: model.delete_adapter({REFERENCE!r})"
+        )
+
+
+def complete_reference_adapter(model: PeftModel) -> None:
+    """Copies the weights of the trained adapter into the reference's that TRL's copy leaves out: those of embeddings, for one."""
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        parts = name.split(".")
+        if TRAINED in parts:
+            of_reference = ".".join(REFERENCE if part == TRAINED else part for part in parts)
+            parameters[of_reference].data.copy_(parameter.data)
