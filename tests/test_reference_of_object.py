@@ -7,9 +7,20 @@ import torch
 from conftest import random_pairs, tiny_llama
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align import CDPOConfig, CDPOTrainer, TGDPOConfig, TGDPOTrainer, TokenDPOConfig, TokenDPOTrainer, load_model
+from align import (
+    BASHConfig,
+    BASHTrainer,
+    CDPOConfig,
+    CDPOTrainer,
+    TGDPOConfig,
+    TGDPOTrainer,
+    TokenDPOConfig,
+    TokenDPOTrainer,
+    load_model,
+)
 from align.errors import ConfigError
 
 PAIRS = random_pairs(8)
@@ -172,19 +183,49 @@ ADAPTERS = {
     "DoRA": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
     "head saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "embeddings saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6, 7]},
 }
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("precompute", [False, True])
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_a_model_with_an_adapter(tmp_path, model_dir, tokenizer, kind, precompute):
+def test_a_model_with_an_adapter(tmp_path, tokenizer, kind, precompute, tied):
     """The reference is base and adapter as passed: TRL's copy of the adapter leaves out that of embeddings."""
-    model = get_peft_model(loaded(model_dir), LoraConfig(r=4, **ADAPTERS[kind]))
+    model = get_peft_model(tiny_llama(1, tie_word_embeddings=tied), LoraConfig(r=4, **ADAPTERS[kind]))
     torch.manual_seed(5)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
-    starts_at_ln2(build(tmp_path, model, tokenizer, precompute_ref_log_probs=precompute, learning_rate=1e-2))
+    trainer = build(tmp_path, model, tokenizer, precompute_ref_log_probs=precompute, learning_rate=1e-2)
+    with torch.no_grad():
+        batch = trainer.data_collator([trainer.train_dataset[0]])
+        ids = batch["input_ids"][:1, batch["attention_mask"][0].bool()]
+        expected = trainer.model.eval()(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        own, _ = trainer._reference({name: tensor for name, tensor in batch.items() if not name.startswith("token_")})
+    count = len(trainer.train_dataset[0]["chosen_ids"])
+    assert torch.allclose(own[0, : len(expected)][-count:], expected[-count:], atol=1e-4)
+    trainer.model.train()
+    starts_at_ln2(trainer)
+
+
+@pytest.mark.parametrize("trainer", [TokenDPOTrainer, BASHTrainer])
+def test_new_tokens_are_trained_of_a_tied_model(tmp_path, tokenizer, trainer):
+    """TRL asks PEFT's wrapper of tokens for a bias, which it has not."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5, 6, 7])
+    model, settings = (
+        tiny_llama(1, tie_word_embeddings=True),
+        {"max_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False},
+    )
+    rows = PAIRS if trainer is TokenDPOTrainer else [{"prompt": "1 + 1 =", "completion": " 2"}] * 2
+    config = TokenDPOConfig if trainer is TokenDPOTrainer else BASHConfig
+    trained = trainer(
+        model, args=config(str(tmp_path), **settings), train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+        peft_config=lora,
+    )  # fmt: skip
+    assert math.isfinite(trained.train().training_loss)
+    trained.save_model(tmp_path / "saved")
+    assert not [name for name in load_file(tmp_path / "saved" / "adapter_model.safetensors") if name.endswith("bias")]
 
 
 def test_adapters_that_trl_cannot_copy(tmp_path, model_dir, tokenizer):
@@ -195,6 +236,9 @@ def test_adapters_that_trl_cannot_copy(tmp_path, model_dir, tokenizer):
     build(tmp_path, model, tokenizer)
     with pytest.raises(ConfigError, match="has an adapter 'ref'.*delete_adapter"):
         build(tmp_path, model, tokenizer)
+    of_head = get_peft_model(loaded(model_dir), LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(ConfigError, match="adapter on its head"):
+        build(tmp_path, of_head, tokenizer)
     model.delete_adapter("ref")
     starts_at_ln2(build(tmp_path, model, tokenizer, learning_rate=1e-1))
 

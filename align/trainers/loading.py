@@ -11,10 +11,11 @@ from trl.trainer.utils import get_config_model_id
 
 from ..errors import ConfigError
 from ..hub import check_source, source_of
+from ..models import base_model
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
-    from transformers import PretrainedConfig
+    from peft import PeftConfig, PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel
     from trl import DPOConfig, SFTConfig
 
 
@@ -79,3 +80,10 @@ def with_revision(peft_config: PeftConfig | None, model: Any, args: DPOConfig | 
     peft_config = copy.copy(peft_config)
     peft_config.revision = revision
     return peft_config
+
+
+def name_bias(model: PreTrainedModel | PeftModel) -> None:
+    """Gives a wrapped head the bias of what it wraps: TRL reads both, PEFT's wrapper of single tokens has its weights alone."""
+    head = base_model(model).get_output_embeddings()
+    if head is not None and not hasattr(head, "bias"):
+        object.__setattr__(head, "bias", getattr(head.original_module, "bias", None))  # not one more parameter of it

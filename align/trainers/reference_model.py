@@ -6,6 +6,7 @@ import copy
 from typing import TYPE_CHECKING
 
 from accelerate.hooks import add_hook_to_module
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..errors import ConfigError
 
@@ -49,6 +50,11 @@ def _forget_original(copied: PreTrainedModel) -> None:
 
 def check_adapters(model: PeftModel) -> None:
     """Raises a ConfigError where TRL cannot copy the adapter of a model for its reference."""
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ConfigError(
+            "the model has an adapter on its head, which is left out where log-probabilities are computed; leave the head out "
+            "of target_modules, or give modules_to_save=['lm_head']"
+        )
     if TRAINED not in model.peft_config:
         raise ConfigError(
             f"the model's adapters are called {', '.join(model.peft_config)}; load the one to train as {TRAINED!r}"

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..hub import source_of
 from ..processes import check_group
 from ..safety import no_pickles
-from .loading import name_of_tokenizer, source_of_trainer, whole_source, with_revision
+from .loading import name_bias, name_of_tokenizer, source_of_trainer, whole_source, with_revision
 from .longest import LongestBatch, collate, longest_rows, row_id
 from .preflight import Preflight
 from .sharding import check_offloaded, check_sharding
@@ -61,6 +61,7 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
             super().__init__(
                 model, args, data_collator, train_dataset, eval_dataset, processing_class, *others, **kwargs
             )
+        name_bias(self.model)
         check_sharding(self)
 
     def _why_no_preflight(self) -> str | None:

@@ -25,7 +25,7 @@ from .preference_data import SIDES, has_reference, prepare_preference_dataset
 from .prefix_sharing import PaddedRows, PrefixSharing, layout_of
 from .preflight import Preflight
 from .reference_check import check_reference_columns
-from .reference_model import check_adapters, complete_reference_adapter, frozen_copy
+from .reference_model import check_adapters, frozen_copy
 from .sharding import check_offloaded, check_sharding, launched_with_fsdp
 from .token_budget import FIELDS, TokenBudget
 from .token_reference import PREFIX, TokenReference
@@ -238,8 +238,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
             )  # fmt: skip
         if copied and args.precompute_ref_log_probs:
             self.ref_model = None  # its numbers are in the data set
-        if self._adapted_before:
-            complete_reference_adapter(self.model)
+        self._complete_adapters()
         check_sharding(self)
         keep_trainable(self.model)  # evaluation runs in eval mode
         if self.aux_loss_enabled and getattr(args, "loss_aggregation", None) == "position":
