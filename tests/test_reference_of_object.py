@@ -8,7 +8,7 @@ from conftest import random_pairs, tiny_llama
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, OPTConfig
 
 from align import (
     BASHConfig,
@@ -271,3 +271,30 @@ def test_a_device_map(tmp_path, model_dir, tokenizer):
 def test_stages_train_from_what_they_loaded(tmp_path, model_dir, tokenizer):
     model = load_model(model_dir, dtype="float32")
     starts_at_ln2(build(tmp_path, model, tokenizer))
+
+
+DROPPING = {
+    "opt": OPTConfig(
+        vocab_size=400, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
+        word_embed_proj_dim=32, dropout=0.1, attention_dropout=0.1, layerdrop=0.1, eos_token_id=0, pad_token_id=0, init_std=0.2,
+    ),
+    "llama": LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, attention_dropout=0.1,
+        eos_token_id=0, pad_token_id=0, initializer_range=0.2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize("name", DROPPING)
+def test_functional_dropout(tmp_path, tokenizer, name, precompute, lora):
+    """`disable_dropout` holds for dropout that is a function, too."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(DROPPING[name])
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if lora else None
+    trainer = build(
+        tmp_path, model, tokenizer, peft_config=config, precompute_ref_log_probs=precompute, learning_rate=1e-2
+    )
+    starts_at_ln2(trainer)
+    assert model.config.attention_dropout == 0.1  # what is saved has the model's own

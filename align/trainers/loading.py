@@ -14,6 +14,7 @@ from ..hub import check_source, source_of
 from ..models import base_model
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftConfig, PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
     from trl import DPOConfig, SFTConfig
@@ -87,3 +88,19 @@ def name_bias(model: PreTrainedModel | PeftModel) -> None:
     head = base_model(model).get_output_embeddings()
     if head is not None and not hasattr(head, "bias"):
         object.__setattr__(head, "bias", getattr(head.original_module, "bias", None))  # not one more parameter of it
+
+
+def functional_dropout(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
+    """Modules that hand a share to a function of dropout, and its name: OPT has no module of dropout, Llama's attention neither."""
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if ("dropout" in name or "layerdrop" in name) and type(value) is float and value > 0
+    ]
+
+
+def disable_functional_dropout(model: torch.nn.Module) -> None:
+    """Does for functions of dropout what TRL's `disable_dropout` does for modules: policy and reference drop nothing."""
+    for module, name in functional_dropout(model):
+        setattr(module, name, 0.0)

@@ -238,7 +238,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
             )  # fmt: skip
         if copied and args.precompute_ref_log_probs:
             self.ref_model = None  # its numbers are in the data set
-        self._complete_adapters()
+        self._complete_model()
         check_sharding(self)
         keep_trainable(self.model)  # evaluation runs in eval mode
         if self.aux_loss_enabled and getattr(args, "loss_aggregation", None) == "position":

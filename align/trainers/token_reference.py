@@ -13,7 +13,7 @@ from trl.models import prepare_deepspeed
 
 from ..progress import progress
 from ..tokens import shift_to_labels, truncate
-from .loading import name_bias
+from .loading import disable_functional_dropout, name_bias
 from .preference_data import SIDES, has_reference, pad_columns
 from .reference_cache import ReferenceCache, default_folder, row_key, weights_key
 from .reference_model import complete_reference_adapter
@@ -37,7 +37,7 @@ class TokenReference(DPOTrainer):
         # TRL's stores one sum per side; ours stores the tokens' numbers, so that weights can be applied to them.
         if has_reference(dataset):
             return dataset
-        self._complete_adapters()
+        self._complete_model()
         keys = self._reference_keys(dataset)
         self._layout, self._ref_layout  # noqa: B018 (tried with the adapter on)
         cache = self._reference_cache() if self.accelerator.is_main_process else None
@@ -61,9 +61,12 @@ class TokenReference(DPOTrainer):
         rows = {side: [row[n] for row in known] for n, side in enumerate(SIDES)}
         return pad_columns(dataset, rows, "ref_logps", self.args.truncation_mode)
 
-    def _complete_adapters(self) -> None:
-        """Does for adapters what TRL leaves out, before the first pass: within TRL's constructor, where that precomputes."""
+    def _complete_model(self) -> None:
+        """Does what TRL leaves out, before the first pass: within TRL's constructor, where that precomputes."""
         name_bias(self.model)
+        if self.args.disable_dropout:
+            for model in filter(None, (self.model, self.ref_model)):
+                disable_functional_dropout(model)
         if self._adapted_before:
             complete_reference_adapter(self.model)
 
