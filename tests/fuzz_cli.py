@@ -212,7 +212,7 @@ def _run(folder, value) -> None:
                     "load_adapters": lambda *_: adapted}  # fmt: skip
         for name, substitute in replaced.items():
             stack.enter_context(patch.object(align.models, name, substitute))
-        stack.enter_context(patch("align.identity.model_identity", str))
+        stack.enter_context(patch("align.identity.model_identity", lambda path, **_: str(path)))
         stack.enter_context(patch("align.trace.load_policies", _load_policies))
         stack.enter_context(patch("align.scoring.guidance.load_guide", lambda *_: (model, model, tokens)))
         stack.enter_context(patch("typer.main.get_command", _COMMAND))  # put together once: most of a call's time

@@ -11,11 +11,37 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 #: What TRL calls the adapter that is trained, and its copy, the reference.
 TRAINED, REFERENCE = "default", "ref"
+
+
+def is_partitioned(model: PreTrainedModel) -> bool:
+    """Whether a model was loaded under ZeRO-3, which leaves each process a part of its weights."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def copy_partitioned(model: PreTrainedModel, reference: torch.nn.Module) -> None:
+    """Writes a partitioned model's weights into the reference that TRL loaded from its folder, one matrix at a time.
+
+    Raises:
+        ConfigError: the folder's model has other shapes.
+    """
+    import deepspeed
+
+    pairs = list(zip(model.named_parameters(), reference.parameters(), strict=True))
+    for (name, ours), theirs in pairs:
+        if ours.ds_shape != theirs.ds_shape:
+            raise ConfigError(
+                f"{name} has shape {list(ours.ds_shape)}, and {list(theirs.ds_shape)} in {model.config._name_or_path}: under ZeRO-3 "
+                "the reference has the folder's shapes; save the model and give the folder, or give ref_model"
+            )
+    for (_, ours), theirs in pairs:
+        with deepspeed.zero.GatheredParameters([ours, theirs], modifier_rank=0):
+            theirs.data.copy_(ours.data)
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -25,7 +51,7 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
         ConfigError: its weights lie in pieces in several processes, or cannot be copied.
     """
     remedy = "give ref_model, or the model's name in place of the model, or set precompute_ref_log_probs=True"
-    if any(hasattr(parameter, "ds_id") or hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         raise ConfigError(
             f"the model's weights are sharded already, so the reference cannot be copied from them; {remedy}"
         )

@@ -25,7 +25,7 @@ from .preference_data import SIDES, has_reference, prepare_preference_dataset
 from .prefix_sharing import PaddedRows, PrefixSharing, layout_of
 from .preflight import Preflight
 from .reference_check import check_reference_columns
-from .reference_model import check_adapters, frozen_copy
+from .reference_model import check_adapters, copy_partitioned, frozen_copy, is_partitioned
 from .sharding import check_offloaded, check_sharding, launched_with_fsdp
 from .token_budget import FIELDS, TokenBudget
 from .token_reference import PREFIX, TokenReference
@@ -236,6 +236,8 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
                 model=model, ref_model=ref_model, args=args, data_collator=data_collator, train_dataset=train_dataset,
                 eval_dataset=eval_dataset, processing_class=processing_class, **kwargs,
             )  # fmt: skip
+        if not isinstance(model, str) and ref_model is None and self.ref_model is not None:
+            copy_partitioned(model, self.ref_model)
         if copied and args.precompute_ref_log_probs:
             self.ref_model = None  # its numbers are in the data set
         self._complete_model()
@@ -253,8 +255,11 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
 
     @staticmethod
     def _copies_reference(model, args: TokenDPOConfig) -> bool:
-        """Whether a copy of a model is needed: TRL precomputes with the model itself, but where FSDP shards it."""
-        return not isinstance(model, str) and not (args.precompute_ref_log_probs and not launched_with_fsdp())
+        """Whether a copy of a model is needed: TRL precomputes with the model itself, but where FSDP shards it. Under ZeRO-3, what it
+        loads is sharded as it is loaded, and gets the model's weights after that."""
+        if isinstance(model, str) or is_partitioned(model):
+            return False
+        return launched_with_fsdp() or not args.precompute_ref_log_probs
 
     def token_weights(
         self, chosen: dict[str, torch.Tensor], rejected: dict[str, torch.Tensor]
