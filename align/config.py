@@ -86,7 +86,7 @@ class ChainConfig:
             samples, rollouts, traces and contexts are transformers'.
         pair: fields of `PairConfig`.
         contrastive: `args` (`trl.SFTConfig`) and `lora` (`peft.LoraConfig`) of the positive and negative model.
-        guide: TGDPO's guide: `path` of a preference-trained policy, or `args` and `lora` to train one by DPO; where it is left
+        guide: TGDPO's guide: `path` of a preference-trained policy (a hub name may end in `@REVISION`), or `args` and `lora` to train one by DPO; where it is left
             out, `methods.dpo` is the guide.
         score: `beta`, `max_length`, `max_tokens_per_batch`.
         entropy: `top`, the share of tokens that keep their weight.

@@ -21,7 +21,7 @@ from align import (
     TokenDPOTrainer,
     load_model,
 )
-from align.errors import ConfigError
+from align.errors import ConfigError, RecordError
 
 PAIRS = random_pairs(8)
 METHODS = {
@@ -157,6 +157,11 @@ def test_a_given_reference_is_used(tmp_path, model_dir, tokenizer):
     trainer = build(tmp_path, model, tokenizer, ref_model=reference)
     assert trainer.accelerator.unwrap_model(trainer.ref_model) is reference
     assert abs(losses(trainer)[0] - math.log(2)) > 0.01
+    with pytest.raises(ConfigError, match="ref_model = .* must be a model"):
+        build(tmp_path, loaded(model_dir), tokenizer, ref_model=model_dir)
+    pairs = [PAIRS[0] | {"id": "mine", "chosen_ids": [3, 389]}]
+    with pytest.raises(RecordError, match="mine.*389"):  # an id that the policy has, and the reference has not
+        build(tmp_path, loaded(model_dir), tokenizer, pairs=pairs, ref_model=tiny_llama(vocab_size=380))
 
 
 def test_a_name_keeps_trl_s_way(tmp_path, model_dir, tokenizer, monkeypatch):

@@ -211,7 +211,10 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
             self.check_budget_settings(args, config_of(model, args))
         #: Rows, dropped and truncated rows of every data set, by its name.
         self.data_report: dict[str, dict[str, int]] = {}
-        self._vocabulary = min(len(processing_class), _vocab_size(model, args))
+        if isinstance(ref_model, str):
+            raise ConfigError(f"ref_model = {ref_model!r} must be a model; load it, as with align.load_model")
+        models = [model] if ref_model is None else [model, ref_model]
+        self._vocabulary = min(len(processing_class), *(_vocab_size(each, args) for each in models))
         stored = has_reference(train_dataset)
         if stored and ref_model is not None:
             raise ConfigError(
