@@ -149,8 +149,12 @@ def _check_written(
     Raises:
         ModelMismatchError: it cannot be loaded, or its logits are others.
     """
+    import torch
+
     try:
         found = _logits(load_model(str(folder), dtype=dtype, trust_remote_code=trusted), prompts)
+    except torch.OutOfMemoryError:
+        raise
     except (ModelLoadError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).replace(str(folder), "the merged model").split())[:300]
         raise ModelMismatchError(f"adapter {adapter} cannot be merged ({reason}); use it as it is") from error
