@@ -12,7 +12,7 @@ from inspect import signature
 from math import isfinite
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from .errors import ConfigError
 
@@ -121,6 +121,8 @@ _PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 @cache
 def _declared(owner: Any, key: str) -> tuple[Any, Any]:
     """The type and the default of a dataclass's field or a function's parameter; `Any` where none is known."""
+    if is_typeddict(owner):
+        return get_type_hints(owner).get(key, Any), None
     if isinstance(owner, type):
         field = {field.name: field for field in fields(owner)}.get(key)
         try:

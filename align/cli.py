@@ -13,6 +13,7 @@ from .cli_common import (
     Dtype,
     Model,
     Quantization,
+    Revision,
     System,
     Trust,
     finished,
@@ -69,6 +70,7 @@ def sample(
     ] = None,
     quantization: Quantization = None,
     trust_remote_code: Trust = False,
+    revision: Revision = None,
     engine: Annotated[
         str, typer.Option(help="transformers; vllm (pip install 'align[vllm]'); or server, one that returns token ids.")
     ] = "transformers",
@@ -102,6 +104,7 @@ def sample(
         timeout,
     )  # fmt: skip
     loaded = {"path": model, "adapter": adapter, "quantization": quantization, "trust_remote_code": trust_remote_code}
+    loaded |= {} if revision is None else {"revision": revision}
     loaded |= {} if dtype is None else {"dtype": dtype}
     stops = tuple(map(unescape, stop or ()))
     config = SampleConfig(n, temperature, top_p, top_k, max_new_tokens, max_prompt_length, stops, seed, batch_size)
@@ -117,10 +120,10 @@ def sample(
         chat_template_kwargs=json_object(chat_template_kwargs, "--chat-template-kwargs"),
         answers=answers,
     )
-    depends = {**identity(model, dtype, quantization, adapter=adapter), **drawing.settings()}
+    depends = {**identity(model, dtype, quantization, revision, adapter=adapter), **drawing.settings()}
     if finished(out, "sample", sample_settings(rows, config, depends)):
         return
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code, revision=revision)
     with open_engine(drawing, loaded, tokenizer) as opened:
         print_counts(sample_completions(opened, tokenizer, rows, out, config, depends))
 
@@ -178,6 +181,7 @@ def tokenize(
         typer.Option(help="Completions as TRL makes them: as the chat template ends them, turns of others included."),
     ] = False,
     trust_remote_code: Trust = False,
+    revision: Revision = None,
 ) -> None:
     """Makes pairs of a preference data set: prompt, chosen, rejected, as text or messages.
 
@@ -190,10 +194,10 @@ def tokenize(
     check_apart(source, out)
     print_counts(
         tokenize_pairs(
-            source, load_tokenizer(model, trust_remote_code=trust_remote_code), out, split=split, subset=subset,
+            source, load_tokenizer(model, trust_remote_code=trust_remote_code, revision=revision), out, split=split, subset=subset,
             limit=limit, chat=chat, system_prompt=unescape(system_prompt), max_prompt_length=max_prompt_length,
             chat_template_kwargs=json_object(chat_template_kwargs, "--chat-template-kwargs"),
-            trl_completions=trl_completions, settings={"model": model_identity(model)},
+            trl_completions=trl_completions, settings={"model": model_identity(model, revision=revision)},
         )
     )  # fmt: skip
 
@@ -267,6 +271,7 @@ def merge(
     adapter: Annotated[str, typer.Option(help="LoRA adapter to merge into it.")],
     dtype: Dtype = "bfloat16",
     trust_remote_code: Trust = False,
+    revision: Revision = None,
 ) -> None:
     """Merges a LoRA adapter into its base: a model of its own, to train another adapter on.
 
@@ -274,7 +279,7 @@ def merge(
     """
     from .merge import merge_adapter
 
-    typer.echo(merge_adapter(model, adapter, out, dtype=dtype, trust_remote_code=trust_remote_code))
+    typer.echo(merge_adapter(model, adapter, out, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision))
 
 
 def main() -> None:

@@ -9,9 +9,12 @@ from typing import Annotated
 import typer
 
 Model = Annotated[str, typer.Option(help="Hub name or folder of the base model.")]
-Adapter = Annotated[str | None, typer.Option(help="PEFT adapter to put on it.")]
+Adapter = Annotated[str | None, typer.Option(help="PEFT adapter to put on it; a hub name may end in @REVISION.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Quantization = Annotated[str | None, typer.Option(help="4bit (NF4) or 8bit.")]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit, where a hub name is given; main by default.")
+]
 Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
 MaxTokens = Annotated[int, typer.Option(help="Token budget of a batch, padding included.")]
 ChatArguments = Annotated[
@@ -38,12 +41,14 @@ def print_counts(counts: dict) -> None:
         typer.echo(json.dumps(counts, indent=2, ensure_ascii=False))
 
 
-def identity(model: str, dtype: str | None, quantization: str | None, **adapters: str | None) -> dict:
+def identity(
+    model: str, dtype: str | None, quantization: str | None, revision: str | None = None, **adapters: str | None
+) -> dict:
     """What an output depends on besides its inputs, for its manifest."""
     from .identity import model_identity
 
-    found = {name: model_identity(path) if path else None for name, path in {"model": model, **adapters}.items()}
-    return {**found, "dtype": dtype, "quantization": quantization}
+    found = {name: model_identity(path) if path else None for name, path in adapters.items()}
+    return {"model": model_identity(model, revision=revision), **found, "dtype": dtype, "quantization": quantization}
 
 
 def finished(out: str, stage: str, settings: dict) -> bool:
@@ -56,12 +61,13 @@ def finished(out: str, stage: str, settings: dict) -> bool:
     return True
 
 
-def load(model: str, adapter: str | None, dtype: str, quantization: str | None, trust: bool):
+def load(model: str, adapter: str | None, dtype: str, quantization: str | None, trust: bool, revision: str | None):
     """Model and tokenizer."""
     from .models import load_model, load_tokenizer
 
-    loaded = load_model(model, dtype=dtype, quantization=quantization, adapter=adapter, trust_remote_code=trust)
-    return loaded, load_tokenizer(model, trust_remote_code=trust)
+    source = {"trust_remote_code": trust, "revision": revision}
+    loaded = load_model(model, dtype=dtype, quantization=quantization, adapter=adapter, **source)
+    return loaded, load_tokenizer(model, **source)
 
 
 def unescape(text: str | None) -> str | None:

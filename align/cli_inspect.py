@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from .cli_common import Trust
+from .cli_common import Revision, Trust
 
 
 class _Inspect(TyperGroup):
@@ -36,6 +36,7 @@ def records(
     limit: int = 1000,
     title: str | None = None,
     trust_remote_code: Trust = False,
+    revision: Revision = None,
 ) -> None:
     """Writes a page of pairs, or of traces, with tokens coloured by a token-level column.
 
@@ -48,7 +49,7 @@ def records(
 
     check_apart(pairs, out)
     rows = read_records(pairs)
-    loaded = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+    loaded = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code, revision=revision)
     if rows and "from_teacher" in rows[0]:
         typer.echo(inspect_traces(rows, loaded, out, columns=column, limit=limit, title=title or "align: traces"))
         return
@@ -66,6 +67,7 @@ def run(
     ] = None,
     limit: Annotated[int, typer.Option(help="Examples of every file.")] = 50,
     trust_remote_code: Trust = False,
+    revision: Revision = None,
 ) -> None:
     """Writes a page of a run: stages, counts, drops, curves, score histograms, the evaluation, examples.
 
@@ -73,13 +75,16 @@ def run(
 
     Example: align inspect run runs/tiny-arithmetic
     """
+    from .errors import ConfigError
     from .run_report import inspect_run
 
     loaded = None
+    if revision is not None and tokenizer is None:
+        raise ConfigError("--revision belongs to --tokenizer; give a hub name there, or leave it out")
     if tokenizer is not None:
         from .models import load_tokenizer
 
-        loaded = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+        loaded = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code, revision=revision)
     page, problems = inspect_run(folder, out, tokenizer=loaded, limit=limit)
     for problem in problems:
         typer.echo(f"align: {problem}", err=True)

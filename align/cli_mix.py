@@ -14,6 +14,7 @@ from .cli_common import (
     MaxTokens,
     Model,
     Quantization,
+    Revision,
     System,
     Trust,
     identity,
@@ -62,6 +63,7 @@ def bash(
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
     trust_remote_code: Trust = False,
+    revision: Revision = None,
 ) -> None:
     """Interleaves ground truth and own tokens; labels are the ground truth.
 
@@ -73,13 +75,13 @@ def bash(
 
     check_apart(source, out)
     config = OwnTokens(generation, passes, temperature, max_tokens_per_batch)
-    loaded, tokenizer = load(model, adapter, dtype, quantization, trust_remote_code)
+    loaded, tokenizer = load(model, adapter, dtype, quantization, trust_remote_code, revision)
     rows = load_demonstrations(
         source, tokenizer, split=split, subset=subset, limit=limit, prompt_template=unescape(prompt_template), chat=chat,
         system_prompt=unescape(system_prompt),
         chat_template_kwargs=json_object(chat_template_kwargs, "--chat-template-kwargs"),
     )  # fmt: skip
-    depends = identity(model, dtype, quantization, adapter=adapter)
+    depends = identity(model, dtype, quantization, revision, adapter=adapter)
     print_counts(mix_bash(loaded, tokenizer, rows, out, epsilon=epsilon, config=config, seed=seed, settings=depends))
 
 
@@ -109,6 +111,7 @@ def rac(
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
     trust_remote_code: Trust = False,
+    revision: Revision = None,
 ) -> None:
     """Generates answers and puts cue and reference behind their beginnings; labels are cue and reference alone.
 
@@ -123,11 +126,11 @@ def rac(
     config = CorrectionSettings(
         text, prefix_fraction, keep_correct_share, max_new_tokens, temperature, max_length, max_tokens_per_batch
     )
-    loaded, tokenizer = load(model, adapter, dtype, quantization, trust_remote_code)
+    loaded, tokenizer = load(model, adapter, dtype, quantization, trust_remote_code, revision)
     rows = load_demonstrations(
         source, tokenizer, split=split, subset=subset, limit=limit, prompt_template=unescape(prompt_template), chat=chat,
         system_prompt=unescape(system_prompt),
         chat_template_kwargs=json_object(chat_template_kwargs, "--chat-template-kwargs"),
     )  # fmt: skip
-    depends = identity(model, dtype, quantization, adapter=adapter)
+    depends = identity(model, dtype, quantization, revision, adapter=adapter)
     print_counts(mix_rac(loaded, tokenizer, rows, out, config=config, seed=seed, settings=depends))

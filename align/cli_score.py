@@ -14,6 +14,7 @@ from .cli_common import (
     MaxTokens,
     Model,
     Quantization,
+    Revision,
     Trust,
     finished,
     identity,
@@ -47,6 +48,7 @@ def contrastive(
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
     trust_remote_code: Trust = False,
+    revision: Revision = None,
 ) -> None:
     """Contrastive probability of every token, from two adapters over one base.
 
@@ -58,10 +60,10 @@ def contrastive(
 
     check_apart(pairs, out)
     rows = RecordFile(pairs, "pair")
-    depends = identity(model, dtype, quantization, positive=positive, negative=negative)
+    depends = identity(model, dtype, quantization, revision, positive=positive, negative=negative)
     if _is_done(out, "contrastive", rows, max_length, {"beta": beta, **depends}):
         return
-    base, tokenizer = load(model, None, dtype, quantization, trust_remote_code)
+    base, tokenizer = load(model, None, dtype, quantization, trust_remote_code, revision)
     loaded = load_adapters(base, {"positive": positive, "negative": negative})
     counts = score_contrastive(
         loaded, rows, out, pad_token_id=tokenizer.pad_token_id, beta=beta, max_length=max_length,
@@ -81,6 +83,7 @@ def reference(
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
     trust_remote_code: Trust = False,
+    revision: Revision = None,
 ) -> None:
     """Reference log-probability of every token, so that training needs no reference pass.
 
@@ -91,10 +94,10 @@ def reference(
 
     check_apart(pairs, out)
     rows = RecordFile(pairs, "pair")
-    depends = identity(model, dtype, quantization, adapter=adapter)
+    depends = identity(model, dtype, quantization, revision, adapter=adapter)
     if _is_done(out, "reference", rows, max_length, depends):
         return
-    loaded, tokenizer = load(model, adapter, dtype, quantization, trust_remote_code)
+    loaded, tokenizer = load(model, adapter, dtype, quantization, trust_remote_code, revision)
     counts = score_reference(
         loaded, rows, out, pad_token_id=tokenizer.pad_token_id, max_length=max_length,
         max_tokens_per_batch=max_tokens_per_batch, settings=depends,
@@ -107,12 +110,18 @@ def guidance(
     pairs: str,
     out: str,
     model: Annotated[str, typer.Option(help="Hub name or folder of the reference.")],
-    guide: Annotated[str, typer.Option(help="Preference-trained policy: a model, or an adapter on the reference.")],
+    guide: Annotated[
+        str,
+        typer.Option(
+            help="Preference-trained policy: a model, or an adapter on the reference; NAME@REVISION of the hub."
+        ),
+    ],
     max_length: MaxLength = None,
     max_tokens_per_batch: MaxTokens = 8192,
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
     trust_remote_code: Trust = False,
+    revision: Revision = None,
 ) -> None:
     """Log-ratio of a guide and the reference for every token, and the reference's log-probability.
 
@@ -123,10 +132,11 @@ def guidance(
 
     check_apart(pairs, out)
     rows = RecordFile(pairs, "pair")
-    depends = identity(model, dtype, quantization, guide=guide)
+    depends = identity(model, dtype, quantization, revision, guide=guide)
     if _is_done(out, "guidance", rows, max_length, depends):
         return
-    settings = {"path": model, "dtype": dtype, "quantization": quantization, "trust_remote_code": trust_remote_code}
+    source = {"trust_remote_code": trust_remote_code, "revision": revision}
+    settings = {"path": model, "dtype": dtype, "quantization": quantization, **source}
     loaded, plain, tokenizer = load_guide(settings, guide)
     counts = score_guidance(
         loaded, plain, rows, out, pad_token_id=tokenizer.pad_token_id, max_length=max_length,
@@ -147,6 +157,7 @@ def entropy(
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
     trust_remote_code: Trust = False,
+    revision: Revision = None,
 ) -> None:
     """Weight 1 for the tokens at which the policy is least certain, 0 for the others; and every token's entropy.
 
@@ -157,10 +168,10 @@ def entropy(
 
     check_apart(pairs, out)
     rows = RecordFile(pairs, "pair")
-    depends = identity(model, dtype, quantization, adapter=adapter)
+    depends = identity(model, dtype, quantization, revision, adapter=adapter)
     if _is_done(out, "entropy", rows, max_length, {"top": top, **depends}):
         return
-    loaded, tokenizer = load(model, adapter, dtype, quantization, trust_remote_code)
+    loaded, tokenizer = load(model, adapter, dtype, quantization, trust_remote_code, revision)
     counts = score_entropy(
         loaded, rows, out, pad_token_id=tokenizer.pad_token_id, top=top, max_length=max_length,
         max_tokens_per_batch=max_tokens_per_batch, settings=depends,
@@ -202,6 +213,7 @@ def rollout(
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
     trust_remote_code: Trust = False,
+    revision: Revision = None,
 ) -> None:
     """Ground truth for critical tokens: how often the model still gets the answer after each token of a rejected solution.
 
@@ -217,8 +229,8 @@ def rollout(
     )  # fmt: skip
     check_apart(pairs, out)
     rows = RecordFile(pairs, "pair")
-    depends = identity(model, dtype, quantization, adapter=adapter)
+    depends = identity(model, dtype, quantization, revision, adapter=adapter)
     if _is_done(out, "rollout", rows, max_length, rollout_settings(config, depends)):
         return
-    loaded, tokenizer = load(model, adapter, dtype, quantization, trust_remote_code)
+    loaded, tokenizer = load(model, adapter, dtype, quantization, trust_remote_code, revision)
     print_counts(score_rollout(loaded, tokenizer, rows, out, config, max_length=max_length, settings=depends))

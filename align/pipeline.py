@@ -23,6 +23,7 @@ from .demonstrations import tokenize_demonstrations
 from .errors import ConfigError
 from .evaluate import evaluate_verdicts, format_interval, preference_accuracy
 from .export import export_completions
+from .hub import FETCHING, elsewhere, loading_options, source_of
 from .locks import locked
 from .pair import pair
 from .preferences import tokenize_pairs
@@ -119,21 +120,22 @@ class Chain:
     def _loading(self, adapter: Path | None) -> dict[str, Any]:
         """Arguments of `align.load_model`."""
         if adapter is not None and not (adapter / "adapter_config.json").exists():
-            return {**self.config.model, "path": str(adapter)}
+            return elsewhere(self.config.model, adapter)
         return {**self.config.model, "adapter": str(adapter) if adapter else None}
 
     def tokenizer(self):
         from .models import load_tokenizer
 
-        trusted = self.config.model.get("trust_remote_code", False)
-        return load_tokenizer(self.config.model["path"], trust_remote_code=trusted)
+        return load_tokenizer(self.config.model["path"], **source_of(self.config.model))
 
     def identity(self, **others: str | Path) -> dict[str, Any]:
         """What an output depends on besides its inputs: the model, and the folders of further ones."""
         from .identity import model_identity
 
-        paths = {"model": self.config.model["path"], **others}
-        return {name: model_identity(path) for name, path in paths.items()} | {"options": _options(self.config.model)}
+        of_model = model_identity(self.config.model["path"], **source_of(self.config.model))
+        fetching = {name: value for name, value in source_of(self.config.model).items() if name in FETCHING}
+        found = {"model": of_model, **{name: model_identity(path, **fetching) for name, path in others.items()}}
+        return found | {"options": loading_options(self.config.model)}
 
     def _sample(
         self, problems: list[Record], path: Path, config: SampleConfig, adapter: Path | None = None
@@ -380,11 +382,6 @@ class Chain:
             columns=there, limit=self.config.inspect.get("limit", 300),
         )  # fmt: skip
         return {"page": str(path), **found}
-
-
-def _options(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of loading that change a model's numbers."""
-    return {key: value for key, value in model.items() if key != "path"}
 
 
 def _is_main() -> bool:

@@ -98,7 +98,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def no_pickles(*paths: Any) -> Iterator[None]:
+def no_pickles(*paths: Any, subfolder: str | None = None) -> Iterator[None]:
     """Lets `torch.load` refuse within the block, with the file's name; models are loaded in it.
 
     Asking transformers and PEFT for safetensors is not enough: PEFT takes `adapter_model.bin` where there is nothing else, and
@@ -106,6 +106,7 @@ def no_pickles(*paths: Any) -> Iterator[None]:
 
     Args:
         paths: what is about to be loaded, see `check_folder`; what is no text is a model already, and passes.
+        subfolder: where in them the files are.
 
     Raises:
         ModelLoadError: something was to be unpickled.
@@ -114,7 +115,7 @@ def no_pickles(*paths: Any) -> Iterator[None]:
 
     for path in paths:
         if isinstance(path, (str, Path)):
-            check_folder(path)
+            check_folder(Path(path, subfolder or ""))
 
     def refuse(file: Any, *_args: Any, **_kwargs: Any) -> Any:
         raise ModelLoadError(pickle_message(getattr(file, "name", file)))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .engines import EngineConfig, describe_model, read_completion, sampling_options
 from .errors import ConfigError, EngineError
+from .hub import source_of
 from .sample import Draws, Engine, SampleConfig, derived_seed
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class ServerEngine(Engine):
 
     Args:
         config: its address and options.
-        model: `path` and `trust_remote_code` of the model that it serves, for its vocabulary and end tokens.
+        model: `path`, `revision` and `trust_remote_code` of the model that it serves, for its vocabulary and end tokens.
 
     Raises:
         EngineError: the server cannot be reached, refuses, or does not serve the model.
@@ -45,7 +46,7 @@ class ServerEngine(Engine):
         import httpx2
 
         self.tokenizer, self.settings = tokenizer, config.settings()
-        self.vocab_size, self.end_ids = describe_model(model["path"], tokenizer, model.get("trust_remote_code", False))
+        self.vocab_size, self.end_ids = describe_model(model["path"], tokenizer, **source_of(model))
         self.url, self.timeout = _base_url(config.server_url), config.timeout or 600.0
         self.name, self.concurrency = config.served_model_name or model["path"], config.concurrency or 64
         key = _key()

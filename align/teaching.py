@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .demonstrations import tokenize_demonstrations
 from .errors import ConfigError
+from .hub import elsewhere, loading_options, source_of
 from .problems import load_problems
 from .record_file import RecordFile
 from .records import read_records
@@ -54,21 +55,26 @@ class Teaching:
             return given
         base, folder, path = given.get("model", self.config.model), self.out / "teacher", self.out / "teacher.jsonl"
         tokenizer, problems = self._tokenizer(base), load_problems(**given.get("problems", self.config.train))
-        tokenize_demonstrations(problems, tokenizer, path, settings={"teacher": model_identity(base["path"])})
+        tokenize_demonstrations(
+            problems, tokenizer, path, settings={"teacher": model_identity(base["path"], **source_of(base))}
+        )
         training = {name: given[name] for name in ("args", "lora") if name in given}
         trained = train_sft(base, RecordFile(path), folder, **training)
         self.counts["train teacher"] = trained or read_manifest(folder)["counts"]
-        return {**base, "adapter": str(folder)} if training.get("lora") is not None else {**base, "path": str(folder)}
+        return {**base, "adapter": str(folder)} if training.get("lora") is not None else elsewhere(base, folder)
 
     def _identity(self, teacher: Mapping[str, Any]) -> dict[str, Any]:
+        from .identity import model_identity
+
         adapter = {"teacher_adapter": teacher["adapter"]} if teacher.get("adapter") else {}
-        options = {k: v for k, v in teacher.items() if k not in ("path", "adapter")}
+        options = {name: value for name, value in loading_options(teacher).items() if name != "adapter"}
         names = {
+            "teacher": model_identity(teacher["path"], **source_of(teacher)),
             "special_tokens": dict(self.config.special_tokens),
             "never": list(self.config.never),
             "teacher_options": options,
         }
-        return self.chain.identity(teacher=teacher["path"], **adapter) | names
+        return self.chain.identity(**adapter) | names
 
     def _policies(self, teacher: Mapping[str, Any]):
         return load_policies(teacher, self.config.model, self.config.special_tokens, self.config.never)
@@ -113,7 +119,7 @@ class Teaching:
     def _tokenizer(self, model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         from .models import load_tokenizer
 
-        return load_tokenizer(model["path"], trust_remote_code=model.get("trust_remote_code", False))
+        return load_tokenizer(model["path"], **source_of(model))
 
     def traces(self) -> Path:
         """RSD traces, the shortest good one of each problem."""

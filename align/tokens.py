@@ -55,16 +55,22 @@ class CompletionRule:
 
     @classmethod
     def of(
-        cls, tokenizer: PreTrainedTokenizerBase, checkpoint: GenerationConfig | str | None = None, trl: bool = False
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        checkpoint: GenerationConfig | str | None = None,
+        trl: bool = False,
+        source: Mapping[str, Any] | None = None,
     ) -> CompletionRule:
         """The rule of a tokenizer and its checkpoint.
 
         Args:
             checkpoint: generation settings of the model that is trained, or where it is loaded from; by default where the
                 tokenizer is from.
+            source: which of its revisions; see `align.hub.Source`. By default that of `align.load_tokenizer`.
         """
         eos, checkpoint = tokenizer.eos_token_id, checkpoint or tokenizer.name_or_path
-        settings = generation_config_of(checkpoint) if isinstance(checkpoint, str) else checkpoint
+        source = source if source is not None else getattr(tokenizer, "align_source", {})
+        settings = generation_config_of(checkpoint, source) if isinstance(checkpoint, str) else checkpoint
         return cls([] if eos is None else end_ids_of(eos, settings), eos, trl)
 
     def check_unused(self, name: str) -> None:
@@ -81,18 +87,22 @@ class CompletionRule:
             warnings.warn(message, stacklevel=2)
 
 
-def generation_config_of(path: str) -> GenerationConfig | None:
+def generation_config_of(path: str, source: Mapping[str, Any] | None = None) -> GenerationConfig | None:
     """A checkpoint's generation settings, from its files alone; `None` where there are none."""
     from transformers import AutoConfig, GenerationConfig
 
     if not path:  # a tokenizer that was made on the spot
         return None
+    source = source or {}
     try:
-        return GenerationConfig.from_pretrained(path)
+        of_code = ("trust_remote_code", "code_revision")
+        return GenerationConfig.from_pretrained(path, **{k: v for k, v in source.items() if k not in of_code})
     except (OSError, ValueError):
         pass
     try:
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
+        return GenerationConfig.from_model_config(
+            AutoConfig.from_pretrained(path, **{**source, "trust_remote_code": False})
+        )
     except (OSError, ValueError):  # a folder with a tokenizer alone, or a model with code of its own
         return None
 

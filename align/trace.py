@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checks import check_share, check_whole
 from .errors import RecordError
+from .hub import FETCHING, source_of
 from .locks import locked
 from .records import Record, check_records, read_records
 from .rsd import TEACHER, RSDConfig, Trace, reverse_speculative_decode
@@ -173,9 +174,7 @@ def load_policies(
     from .decoding import Policy
     from .models import load_adapters, load_model, load_tokenizer
 
-    tokenizers = [
-        load_tokenizer(m["path"], trust_remote_code=m.get("trust_remote_code", False)) for m in (teacher, student)
-    ]
+    tokenizers = [load_tokenizer(m["path"], **source_of(m)) for m in (teacher, student)]
     renamed = shared_ids(*tokenizers, special_tokens, never)
     # A token that only one of them has stands at an id of its own, except where the other's is mapped.
     theirs, ours = (never_ids(tokenizer, never) for tokenizer in tokenizers)
@@ -183,7 +182,8 @@ def load_policies(
     base, same = ({k: v for k, v in m.items() if k != "adapter"} for m in (teacher, student))
     if base == same:
         adapters = {r: m["adapter"] for r, m in (("teacher", teacher), ("student", student)) if m.get("adapter")}
-        model = load_adapters(load_model(**base), adapters) if adapters else load_model(**base)
+        fetching = {name: value for name, value in source_of(base).items() if name in FETCHING}
+        model = load_adapters(load_model(**base), adapters, **fetching) if adapters else load_model(**base)
         names = [role if role in adapters else None for role in ("teacher", "student")]
         models = (model, names[0]), (model, names[1])
     else:

@@ -42,7 +42,8 @@ ENGINE = {"--engine": st.sampled_from(["transformers", "server", "server", "x"])
           "--gpu-memory-utilization": share}  # fmt: skip
 
 #: Options that only what loads models looks at, which is replaced here, or what runs them on a GPU.
-LOADING = {"--cuda-graphs", "--dtype", "--trust-remote-code", "--teacher-adapter", "--student-adapter"}
+LOADING = {"--cuda-graphs", "--dtype", "--trust-remote-code", "--teacher-adapter", "--student-adapter", "--revision",
+           "--teacher-revision", "--student-revision"}  # fmt: skip
 
 #: Command -> kinds of its input, whether it writes records, what it always needs, and what it may have.
 COMMANDS = {
@@ -214,7 +215,7 @@ def _run(folder, value) -> None:
                     "load_adapters": lambda *_: adapted}  # fmt: skip
         for name, substitute in replaced.items():
             stack.enter_context(patch.object(align.models, name, substitute))
-        stack.enter_context(patch("align.identity.model_identity", str))
+        stack.enter_context(patch("align.identity.model_identity", lambda path, **_: str(path)))
         stack.enter_context(patch("align.trace.load_policies", _load_policies))
         stack.enter_context(patch("align.scoring.guidance.load_guide", lambda *_: (model, model, tokens)))
         stack.enter_context(patch("typer.main.get_command", _COMMAND))  # put together once: most of a call's time

@@ -3,13 +3,15 @@
 import json
 import sys
 from dataclasses import make_dataclass
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from fake_server import END, EOS, MODEL, TOKENIZER, Fake
+from peft import LoraConfig, get_peft_model
 
-from align import server
+from align import load_model, load_tokenizer, server
 from align.config import read_config
 from align.engines import EngineConfig, open_engine
 from align.errors import ConfigError, EngineError, ModelLoadError
@@ -17,6 +19,7 @@ from align.pipeline import Chain
 from align.sample import SampleConfig, sample_completions
 from align.vllm_adapter import LORA_RANKS, MEANINGFUL, adapter_rank
 
+EMBEDDED = str(Path(__file__).parent.parent / "data" / "tiny-arithmetic" / "model")
 GREEDY = SampleConfig(temperature=0, max_new_tokens=8)
 PROBLEMS = [{"id": f"p{i}", "prompt": "How many apples" + " and" * i + "?", "answer": "1"} for i in range(3)]
 
@@ -104,6 +107,21 @@ def test_an_adapter_that_vllm_would_read_otherwise_than_peft_is_refused(tmp_path
         adapter_rank(str(tmp_path / "none"), MEANINGFUL)
 
 
+@pytest.mark.parametrize("target, refused", [("embed_tokens", True), ("lm_head", True), ("q_proj", False)])
+def test_vllm_has_one_layer_for_tied_matrices(tmp_path, vllm, target, refused):
+    """The embedded model ties its embeddings and its head."""
+    base = load_model(EMBEDDED, dtype="float32")
+    adapter = str(tmp_path / "a")
+    get_peft_model(base, LoraConfig(r=2, target_modules=[target])).save_pretrained(adapter)
+    model = {"path": EMBEDDED, "dtype": "float32", "adapter": adapter}
+    tokenizer = load_tokenizer(EMBEDDED)
+    if not refused:
+        open_engine(EngineConfig("vllm"), model, tokenizer).close()
+        return
+    with pytest.raises(ConfigError, match=f"changes .*{target}, which the base ties .* align merge"):
+        open_engine(EngineConfig("vllm"), model, tokenizer)
+
+
 def test_vllm_is_given_what_it_needs_and_nothing_to_unpickle(tmp_path, vllm, folder):
     model, adapter = {"path": folder, "dtype": "float32"}, an_adapter(tmp_path / "a", r=12, use_rslora=True)
     with open_engine(EngineConfig("vllm", max_model_len=64), {**model, "adapter": adapter}, TOKENIZER) as engine:
@@ -117,7 +135,13 @@ def test_vllm_is_given_what_it_needs_and_nothing_to_unpickle(tmp_path, vllm, fol
         with pytest.raises(ConfigError, match="takes 64 tokens"):
             sample_completions(engine, TOKENIZER, PROBLEMS, tmp_path / "a.jsonl", SampleConfig(max_new_tokens=60))
     assert FakeLLM.made.closed
+    source = {"revision": "main", "code_revision": "c1", "token": "t"}
+    with open_engine(EngineConfig("vllm"), {**model, **source}, TOKENIZER):
+        expected = {"revision": "main", "tokenizer_revision": "main", "code_revision": "c1", "hf_token": "t"}
+        assert {**FakeLLM.made.arguments, **expected} == FakeLLM.made.arguments
     FakeLLM.made = None
+    with pytest.raises(ConfigError, match="engine 'vllm' has no subfolder"):
+        open_engine(EngineConfig("vllm"), {**model, "subfolder": "x"}, TOKENIZER)
     with pytest.raises(ConfigError, match="alpha_pattern"):
         changed = an_adapter(tmp_path / "b", alpha_pattern={"q_proj": 2})
         open_engine(EngineConfig("vllm"), {**model, "adapter": changed}, TOKENIZER)

@@ -178,6 +178,11 @@ def test_settings_that_rows_must_not_share_are_named(tmp_path, tokenizer, caplog
         with caplog.at_level("WARNING"):
             assert not make_trainer(tmp_path, tokenizer, tiny_llama(), lora=lora, **settings)._layout.shares
         assert words in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        model = tiny_llama(attention_dropout=0.1)  # a function's, no module's
+        assert not make_trainer(tmp_path, tokenizer, model, disable_dropout=False)._layout.shares
+    assert "dropout is on" in caplog.text
     with caplog.at_level("WARNING"):
         model = tiny_llama()
         model.config._attn_implementation = "flash_attention_2"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelLoadError, ModelMismatchError
+from ..hub import elsewhere, source_of
 from ..logps import Row, token_logps
 from ..models import is_adapter, load_model, load_tokenizer, vocab_size
 from ..records import Record
@@ -43,7 +44,7 @@ def load_guide(
 
     Args:
         model: arguments of `align.load_model` for the reference, `path` among them.
-        guide: folder or hub name of an adapter on the reference, or of a whole model.
+        guide: folder or hub name of an adapter on the reference, or of a whole model; a hub name may end in `@REVISION`.
 
     Returns:
         The guide, the reference (`None` where the guide is an adapter), and the reference's tokenizer.
@@ -51,10 +52,10 @@ def load_guide(
     Raises:
         ModelMismatchError: the guide has another tokenizer or base.
     """
-    tokenizer = check_guide(model, guide)
-    if is_adapter(guide):
+    tokenizer, own = check_guide(model, guide), elsewhere(model, guide)
+    if is_adapter(own["path"], **source_of(own)):
         return load_model(**{**model, "adapter": guide}), None, tokenizer
-    return load_model(**{**model, "path": guide}), load_model(**model), tokenizer
+    return load_model(**own), load_model(**model), tokenizer
 
 
 def check_guide(model: Mapping[str, Any], guide: str) -> PreTrainedTokenizerBase:
@@ -65,12 +66,11 @@ def check_guide(model: Mapping[str, Any], guide: str) -> PreTrainedTokenizerBase
         ModelLoadError: nothing can be loaded from `guide`.
         ModelMismatchError: the guide has another tokenizer.
     """
-    trusted = model.get("trust_remote_code", False)
-    tokenizer = load_tokenizer(model["path"], trust_remote_code=trusted)
+    tokenizer, other = load_tokenizer(model["path"], **source_of(model)), elsewhere(model, guide)
     try:
-        own = load_tokenizer(guide, trust_remote_code=trusted)
+        own = load_tokenizer(other["path"], **source_of(other))
     except ModelLoadError:
-        if not is_adapter(guide):
+        if not is_adapter(other["path"], **source_of(other)):
             raise
         return tokenizer
     check_same_vocabulary(own, tokenizer, guide)

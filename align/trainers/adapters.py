@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 
 from ..errors import ConfigError, ModelLoadError
+from ..hub import source_of
 from ..models import base_model
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _without_weights(model: Mapping[str, Any]) -> PreTrainedModel:
 
     trusted = {"trust_remote_code": model.get("trust_remote_code", False)}
     try:
-        config = AutoConfig.from_pretrained(model["path"], **trusted)
+        config = AutoConfig.from_pretrained(model["path"], **{**source_of(model), **trusted})
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, **trusted)
     except Exception as error:  # noqa: BLE001 - of a damaged configuration, it raises nearly everything

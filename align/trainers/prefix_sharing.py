@@ -15,6 +15,7 @@ from ..lm_head import add_token_head, knows_head
 from ..logps import batches_by_length, configured_not_to_share, keep_pages
 from ..packing import IGNORED, PairLayout, group_pairs, lay_out_pairs, layout_slots, pair_slots, prompt_length
 from ..prefix_tree import additive
+from .loading import functional_dropout
 from .token_budget import FIELDS
 
 if TYPE_CHECKING:
@@ -252,7 +253,8 @@ def layout_of(trainer: DPOTrainer, model: Any) -> PrefixSharing | PaddedRows:
     reason = why_not(model, base)
     if args.neftune_noise_alpha:
         reason = "noise on embeddings (neftune_noise_alpha) depends on the width of a row"
-    if not args.disable_dropout and any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules()):
+    dropping = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules()) or functional_dropout(model)
+    if not args.disable_dropout and dropping:
         reason = "dropout is on (disable_dropout=False), and both sides of a pair would share a prompt's"
     parallel = accelerator.parallelism_config
     if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):

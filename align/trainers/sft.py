@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from inspect import signature
 from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, Json, List
+from transformers import AutoProcessor
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
 from ..checks import fit_fields
 from ..damage import whole_folders
 from ..errors import ConfigError, RecordError
+from ..hub import source_of
 from ..positions import check_positions
 from ..processes import check_group
 from ..prompts import READ_COLUMNS, check_template, check_used, template_arguments, template_columns, without_nulls
@@ -21,11 +22,12 @@ from ..records import row_name
 from ..safety import no_pickles
 from ..tokens import CompletionRule, encode_row
 from .adapters import check_layers, checked_layers
+from .loading import name_bias, name_of_tokenizer, source_of_trainer, whole_source, with_revision
 from .longest import LongestBatch, collate, longest_rows, row_id
 from .preference_data import column_names
 from .preflight import Preflight
 from .row_checks import check_not_empty, check_sft_ids, check_sft_rows, data_sets
-from .sharding import check_sharding
+from .sharding import check_offloaded, check_sharding
 from .trackers import check_trackers
 
 logger = get_logger(__name__)
@@ -62,7 +64,10 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
 
     config_class = GuardedSFTConfig
 
-    def __init__(self, model: Any, args: GuardedSFTConfig | None = None, *others: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, args: GuardedSFTConfig | None = None, data_collator: Any = None, train_dataset: Any = None,
+        eval_dataset: Any = None, processing_class: Any = None, *others: Any, **kwargs: Any,
+    ) -> None:  # fmt: skip
         if args is None:
             args = self.config_class("trainer_output")
         if not isinstance(args, self.config_class):
@@ -71,14 +76,28 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
             )
         check_group(args.world_size)
         self._checkpoint, self._rule = getattr(model, "generation_config", model), None
-        given = signature(SFTTrainer.__init__).bind_partial(self, model, args, *others, **kwargs).arguments
-        for name, dataset in data_sets(given.get("train_dataset"), given.get("eval_dataset")):
+        for name, dataset in data_sets(train_dataset, eval_dataset):
             check_not_empty(dataset, name)
         #: Rows, and how many of them were dropped, of every data set, by its name.
         self.data_report: dict[str, dict[str, int]] = {}
-        with no_pickles(model), whole_folders(model), checked_layers(given.get("peft_config")) as layers:
-            super().__init__(model, args, *others, **kwargs)
+        if processing_class is None and source_of(args.model_init_kwargs):
+            processing_class = AutoProcessor.from_pretrained(name_of_tokenizer(model), **source_of_trainer(args))
+        adapter = with_revision(kwargs.get("peft_config"), model, args)
+        if adapter is None:
+            check_offloaded(model)
+        else:
+            kwargs["peft_config"] = adapter
+        with (
+            no_pickles(model, subfolder=source_of_trainer(args).get("subfolder")),
+            whole_folders(model),
+            whole_source(model, args),
+            checked_layers(adapter) as layers,
+        ):
+            super().__init__(
+                model, args, data_collator, train_dataset, eval_dataset, processing_class, *others, **kwargs
+            )
         check_layers(self.model, layers)
+        name_bias(self.model)
         for name, dataset in data_sets(self.train_dataset, self.eval_dataset):
             check_sft_ids(self.model, dataset, name)
         check_sharding(self)
@@ -89,7 +108,10 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
             check_sft_rows(dataset, dataset_name, args, bool(processing_class.chat_template or self.chat_template))
         names = column_names(dataset)
         self._rule = self._rule or CompletionRule.of(
-            getattr(processing_class, "tokenizer", processing_class), self._checkpoint, args.trl_completions
+            getattr(processing_class, "tokenizer", processing_class),
+            self._checkpoint,
+            args.trl_completions,
+            source_of_trainer(args),
         )
         if "input_ids" in names:
             self._rule.check_unused(f"{dataset_name} data set")

@@ -9,10 +9,9 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from peft import PeftModel
 from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import get_config_model_id
 
 from ..checks import fit_fields
 from ..damage import whole_folders
@@ -24,13 +23,15 @@ from ..processes import check_group
 from ..safety import no_pickles
 from ..tokens import CompletionRule, label_values, pad_rows, shift_to_labels, truncate
 from .adapters import check_layers, checked_layers
+from .loading import config_of, model_name, name_of_tokenizer, source_of_trainer, whole_source, with_revision
 from .longest import LongestBatch, longest_pairs
 from .preference_data import SIDES, has_reference, prepare_preference_dataset
 from .prefix_sharing import PaddedRows, PrefixSharing, layout_of
 from .preflight import Preflight
 from .reference_check import check_reference_columns
+from .reference_model import check_adapters, copy_partitioned, frozen_copy, is_partitioned
 from .row_checks import check_not_empty, check_pair_lengths, data_sets
-from .sharding import check_sharding
+from .sharding import check_offloaded, check_sharding, launched_with_fsdp
 from .token_budget import FIELDS, TokenBudget
 from .token_reference import PREFIX, TokenReference
 from .trackers import check_trackers
@@ -145,14 +146,7 @@ class TokenPreferenceCollator(DataCollatorForPreference):
 
 def _vocab_size(model, args: TokenDPOConfig) -> int:
     """How many ids a model, loaded or named, can be fed."""
-    return _config_of(model, args).get_text_config().vocab_size if isinstance(model, str) else vocab_size(model)
-
-
-def _config_of(model, args: TokenDPOConfig):
-    if not isinstance(model, str):
-        return model.config
-    with whole_folders(model):
-        return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+    return config_of(model, args).get_text_config().vocab_size if isinstance(model, str) else vocab_size(model)
 
 
 class _TokenWeightedModel:
@@ -214,9 +208,8 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         self, model, ref_model=None, args=None, data_collator=None, train_dataset=None, eval_dataset=None,
         processing_class=None, **kwargs,
     ) -> None:  # fmt: skip
-        name = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:
-            args = self.config_class(f"{name.split('/')[-1]}-{self._name}")
+            args = self.config_class(f"{model_name(model).split('/')[-1]}-{self._name}")
         if not isinstance(args, self.config_class):
             raise ConfigError(
                 f"args is a {type(args).__name__}; {type(self).__name__} needs {self.config_class.__name__}"
@@ -225,7 +218,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         for dataset_name, dataset in data_sets(train_dataset, eval_dataset):
             check_not_empty(dataset, dataset_name)
         if processing_class is None:
-            processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+            processing_class = load_tokenizer(name_of_tokenizer(model), **source_of_trainer(args))
         if not hasattr(processing_class, "pad_token"):
             raise ConfigError(f"{type(self).__name__} trains language models without images; give a tokenizer")
         if data_collator is not None and not isinstance(data_collator, TokenPreferenceCollator):
@@ -243,31 +236,49 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
                 columns=(*self.token_columns, "ref_logps"),
             )
         if args.max_tokens_per_batch is not None:
-            self.check_budget_settings(args, _config_of(model, args))
+            self.check_budget_settings(args, config_of(model, args))
         #: Rows, dropped and truncated rows of every data set, by its name.
         self.data_report: dict[str, dict[str, int]] = {}
         self._rule = CompletionRule.of(
-            processing_class, getattr(model, "generation_config", model), args.trl_completions
+            processing_class, getattr(model, "generation_config", model), args.trl_completions, source_of_trainer(args)
         )
-        self._vocabulary = min(len(processing_class), _vocab_size(model, args))
+        if isinstance(ref_model, str):
+            raise ConfigError(f"ref_model = {ref_model!r} must be a model; load it, as with align.load_model")
+        models = [model] if ref_model is None else [model, ref_model]
+        self._vocabulary = min(len(processing_class), *(_vocab_size(each, args) for each in models))
         stored = has_reference(train_dataset)
         if stored and ref_model is not None:
             raise ConfigError(
                 "the data set has reference log-probabilities and ref_model is given; leave one of them out"
             )
-        adapted = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
+        kwargs["peft_config"] = with_revision(kwargs.get("peft_config"), model, args)
+        adapted = kwargs["peft_config"] is not None or isinstance(model, PeftModel)
         # In full fine-tuning, stored references stand in for TRL's precomputed sums, so that it loads no second model.
         args = copy.copy(args)  # the caller's own may serve another trainer
         args.precompute_ref_log_probs = args.precompute_ref_log_probs or (stored and not adapted)
+        if kwargs["peft_config"] is None:
+            check_offloaded(model)
+        copied = ref_model is None and not adapted and self._copies_reference(model, args)
+        if copied:
+            ref_model = frozen_copy(model)
+        self._adapted_before = ref_model is None and isinstance(model, PeftModel)
+        if self._adapted_before:
+            check_adapters(model)
         with (
-            no_pickles(model, ref_model),
+            no_pickles(model, ref_model, subfolder=source_of_trainer(args).get("subfolder")),
             whole_folders(model, ref_model),
-            checked_layers(kwargs.get("peft_config")) as layers,
+            whole_source(model, args),
+            checked_layers(kwargs["peft_config"]) as layers,
         ):
             super().__init__(
                 model=model, ref_model=ref_model, args=args, data_collator=data_collator, train_dataset=train_dataset,
                 eval_dataset=eval_dataset, processing_class=processing_class, **kwargs,
             )  # fmt: skip
+        if not isinstance(model, str) and ref_model is None and self.ref_model is not None:
+            copy_partitioned(model, self.ref_model)
+        if copied and args.precompute_ref_log_probs:
+            self.ref_model = None  # its numbers are in the data set
+        self._complete_model()
         check_layers(self.model, layers)
         for dataset_name, dataset in data_sets(self.train_dataset, self.eval_dataset):
             check_pair_lengths(self, dataset, dataset_name)
@@ -282,6 +293,14 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         self._constant_weights.look_at_rows()
         if stored and args.check_reference and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             check_reference_columns(self)
+
+    @staticmethod
+    def _copies_reference(model, args: TokenDPOConfig) -> bool:
+        """Whether a copy of a model is needed: TRL precomputes with the model itself, but where FSDP shards it. Under ZeRO-3, what it
+        loads is sharded as it is loaded, and gets the model's weights after that."""
+        if isinstance(model, str) or is_partitioned(model):
+            return False
+        return launched_with_fsdp() or not args.precompute_ref_log_probs
 
     def token_weights(
         self, chosen: dict[str, torch.Tensor], rejected: dict[str, torch.Tensor]

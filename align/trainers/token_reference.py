@@ -13,8 +13,10 @@ from trl.models import prepare_deepspeed
 
 from ..progress import progress
 from ..tokens import shift_to_labels, truncate
+from .loading import disable_functional_dropout, name_bias
 from .preference_data import SIDES, has_reference, pad_columns
 from .reference_cache import ReferenceCache, default_folder, row_key, weights_key
+from .reference_model import complete_reference_adapter
 from .row_checks import check_pair_lengths
 
 if TYPE_CHECKING:
@@ -29,11 +31,15 @@ PREFIX = "token_"
 class TokenReference(DPOTrainer):
     """The half of `TokenDPOTrainer` that knows the reference per token: from columns, from the cache, or by running it."""
 
+    #: Whether the model was passed with an adapter, whose copy is the reference.
+    _adapted_before: bool = False
+
     def _precompute_ref_logps(self, dataset, name, batch_size):
         # TRL's stores one sum per side; ours stores the tokens' numbers, so that weights can be applied to them.
         if has_reference(dataset):
             return dataset
         check_pair_lengths(self, dataset, name)
+        self._complete_model()
         keys = self._reference_keys(dataset)
         self._layout, self._ref_layout  # noqa: B018 (tried with the adapter on)
         cache = self._reference_cache() if self.accelerator.is_main_process else None
@@ -56,6 +62,15 @@ class TokenReference(DPOTrainer):
             cache.add((keys[i][n], known[i][n]) for i in missing for n in range(len(SIDES)))
         rows = {side: [row[n] for row in known] for n, side in enumerate(SIDES)}
         return pad_columns(dataset, rows, "ref_logps", self.args.truncation_mode)
+
+    def _complete_model(self) -> None:
+        """Does what TRL leaves out, before the first pass: within TRL's constructor, where that precomputes."""
+        name_bias(self.model)
+        if self.args.disable_dropout:
+            for model in filter(None, (self.model, self.ref_model)):
+                disable_functional_dropout(model)
+        if self._adapted_before:
+            complete_reference_adapter(self.model)
 
     def _reference_keys(self, dataset) -> list[tuple[bytes, bytes]]:
         """Per row, the cache's keys of its chosen and rejected side, truncated as the collator does."""

@@ -20,6 +20,7 @@ from trl import SFTTrainer
 from ..atomic import failed_write, sync, write_error
 from ..checks import fitted
 from ..errors import AlignError, ConfigError, MissingColumnError, RecordError, RecordFileError
+from ..hub import loading_options, source_of
 from ..identity import model_identity
 from ..locks import locked, remove_temporaries
 from ..models import base_fingerprint, load_model, load_tokenizer, vocab_size, write_base_file
@@ -84,7 +85,10 @@ def _arguments(cls: type, args: Mapping[str, Any], out_dir: Path, where: str = "
     return _made(cls, {"output_dir": str(out_dir), "report_to": "none", **args}, where)
 
 
-def _lora(lora: Mapping[str, Any] | None, where: str = "lora") -> LoraConfig | None:
+def _lora(
+    lora: Mapping[str, Any] | None, where: str = "lora", model: Mapping[str, Any] | None = None
+) -> LoraConfig | None:
+    """PEFT's settings; the base's revision is among them, because what loads an adapter takes the base of that revision."""
     if lora is None:
         return None
     known = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
@@ -94,7 +98,8 @@ def _lora(lora: Mapping[str, Any] | None, where: str = "lora") -> LoraConfig | N
         raise ConfigError(f"{where}: task_type = {lora['task_type']!r} must be 'CAUSAL_LM'; leave it out")
     # PEFT declares lora_alpha as a whole number, and takes any.
     checked = {key: value for key, value in lora.items() if key != "lora_alpha" or type(value) is not float}
-    return _made(LoraConfig, {"task_type": "CAUSAL_LM", **lora, **fitted(LoraConfig, checked, where)}, where)
+    base = {"task_type": "CAUSAL_LM", "revision": (model or {}).get("revision")}
+    return _made(LoraConfig, {**base, **lora, **fitted(LoraConfig, checked, where)}, where)
 
 
 def _made(cls: type, values: Mapping[str, Any], where: str) -> Any:
@@ -203,7 +208,7 @@ def train_sft(
             args=own,
             train_dataset=dataset_on_disk(rows, directory / ROWS_FILE, own.disable_tqdm),
             processing_class=tokenizer,
-            peft_config=_lora(lora),
+            peft_config=_lora(lora, model=model),
         )
 
     return _train(method, model, rows, out_dir, build, {"args": dict(args or {}), "lora": lora}, dropped)
@@ -252,7 +257,7 @@ def train_preference(
             args=config,
             train_dataset=dataset_on_disk(rows, directory / ROWS_FILE, config.disable_tqdm),
             processing_class=tokenizer,
-            peft_config=_lora(lora),
+            peft_config=_lora(lora, model=model),
         )
 
     return _train(method, model, rows, out_dir, build, {"args": dict(args or {}), "lora": lora})
@@ -271,7 +276,8 @@ def _train(
     fill the length with their prompts, besides those that the trainer itself drops."""
     out_dir, process = Path(out_dir), process_state()
     check_trainable(model, settings["lora"])
-    settings = {**settings, "model": {**model, "path": model_identity(model["path"])}, "data": records_hash(rows)}
+    of_model = {**loading_options(model), "path": model_identity(model["path"], **source_of(model))}
+    settings = {**settings, "model": of_model, "data": records_hash(rows)}
     working = out_dir.with_name(out_dir.name + ".training")
     marker = working.with_name(working.name + ".settings")
     if is_complete(out_dir, method, settings):
@@ -301,7 +307,7 @@ def _train_alone(
             _open(working, marker, method, settings, process.num_processes)
     # Weights that are trained are kept in float32, as TRL does: in bfloat16 an update of a small learning rate is rounded away.
     base = load_model(**(model if settings["lora"] is not None else {**model, "dtype": "float32"}))
-    tokenizer = load_tokenizer(model["path"], trust_remote_code=model.get("trust_remote_code", False))
+    tokenizer = load_tokenizer(model["path"], **source_of(model))
     fingerprint = base_fingerprint(base)
     try:
         trainer = build(base, tokenizer, working)

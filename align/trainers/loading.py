@@ -1,0 +1,106 @@
+"""What TRL's trainers leave out when they load a model by its name: `model_init_kwargs` for all that belongs to it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from trl.trainer.utils import get_config_model_id
+
+from ..errors import ConfigError
+from ..hub import check_source, source_of
+from ..models import base_model
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig, PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel
+    from trl import DPOConfig, SFTConfig
+
+
+def source_of_trainer(args: DPOConfig | SFTConfig) -> dict[str, Any]:
+    """Where a trainer's model comes from, and its configuration and tokenizer with it; see `align.hub.Source`."""
+    return {"trust_remote_code": args.trust_remote_code, **source_of(args.model_init_kwargs)}
+
+
+def model_name(model: Any) -> str:
+    """A model's folder or hub name, of what was loaded too."""
+    return model if isinstance(model, str) else get_config_model_id(model.config)
+
+
+def name_of_tokenizer(model: Any) -> str:
+    """The name that a model's tokenizer is loaded by.
+
+    Raises:
+        ConfigError: the model has none.
+    """
+    if name := model_name(model):
+        return name
+    raise ConfigError("the model was not loaded from anywhere, so its tokenizer is unknown; give processing_class")
+
+
+def config_of(model: Any, args: DPOConfig | SFTConfig) -> PretrainedConfig:
+    """The configuration of a model, loaded or named."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model, **source_of_trainer(args)) if isinstance(model, str) else model.config
+
+
+@contextmanager
+def whole_source(model: Any, args: DPOConfig | SFTConfig) -> Iterator[None]:
+    """Names the model's class to TRL within the block, where `model_init_kwargs` says where the model comes from.
+
+    Without it, TRL reads the class from the configuration of the hub name's `main`, whatever the revision.
+
+    Raises:
+        ConfigError: a folder is asked for a revision.
+    """
+    import transformers
+
+    given = args.model_init_kwargs
+    if not isinstance(model, str) or not source_of(given):
+        yield
+        return
+    check_source(model, source_of(given))
+    named = (config_of(model, args).architectures or [""])[0]
+    known = getattr(transformers, named, transformers.AutoModelForCausalLM)
+    args.model_init_kwargs = {"architecture": known, **given}
+    try:
+        yield
+    finally:
+        args.model_init_kwargs = given
+
+
+def with_revision(peft_config: PeftConfig | None, model: Any, args: DPOConfig | SFTConfig) -> PeftConfig | None:
+    """An adapter's settings with the revision of its base, which is what loads the adapter's base later."""
+    revision = source_of_trainer(args).get("revision")
+    if not isinstance(model, str) or getattr(peft_config, "revision", "unknown") is not None:
+        return peft_config
+    peft_config = copy.copy(peft_config)
+    peft_config.revision = revision
+    return peft_config
+
+
+def name_bias(model: PreTrainedModel | PeftModel) -> None:
+    """Gives a wrapped head the bias of what it wraps: TRL reads both, PEFT's wrapper of single tokens has its weights alone."""
+    head = base_model(model).get_output_embeddings()
+    if head is not None and not hasattr(head, "bias"):
+        object.__setattr__(head, "bias", getattr(head.original_module, "bias", None))  # not one more parameter of it
+
+
+def functional_dropout(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
+    """Modules that hand a share to a function of dropout, and its name: OPT has no module of dropout, Llama's attention neither."""
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if ("dropout" in name or "layerdrop" in name) and type(value) is float and value > 0
+    ]
+
+
+def disable_functional_dropout(model: torch.nn.Module) -> None:
+    """Does for functions of dropout what TRL's `disable_dropout` does for modules: policy and reference drop nothing."""
+    for module, name in functional_dropout(model):
+        setattr(module, name, 0.0)
