@@ -1,32 +1,41 @@
 """Find the final answer of a solution, and compare it with the reference answer. Pure functions over text.
 
-**Finding.** Text inside `<think>…</think>` is not the answer, and neither are Markdown marks around it. Four rules are tried
-in this order; a rule without an answer gives way to the next one, and of several matches the last one with an answer counts.
+**Finding.** Thinking (`<think>…</think>`), Markdown marks, HTML tags, calculators' notes (`<<3+4=7>>`), struck words and what
+follows an end-of-turn token are left out. Four rules are tried in this order. A rule without an answer gives way to the next
+one. Of several matches of a rule the last one with an answer counts.
 
 | rule | matches | `extracted` |
 |---|---|---|
 | `hash` | `#### 18 dollars` | `18` |
 | `boxed` | `so \\boxed{\\frac{1}{2}}` | `\\frac{1}{2}` |
-| `answer_is` | `The answer is 5. Wait, the answer is 6.` | `6` |
+| `boxed` | `$x=\\boxed{3}$ or $x=\\boxed{5}$`; `$-\\boxed{10}$` | `3, 5`; `-10` |
+| `answer_is` | `The answer is 5. Wait, the answer is 6.`; `The answer is 5. No, it's 6.` | `6` |
 | `answer_is` | `## Final answer`, and `$$x+1$$` on the next line | `x+1` |
-| `answer_is` | `A: 26`, `"answer": 26`, `<answer>26</answer>`, `答案是26。` | `26` |
-| `last_number` | `She has **73 apples**` | `73` |
+| `answer_is` | `A: 26`, `"answer": 26`, `<answer>26</answer>`, `答案是26。`, `La réponse est 26` | `26` |
+| `answer_is` | `The answer is (C).`, `Option C is correct`, `(C)` alone | `C` |
+| `last_number` | `She has **73 apples** after 4 days` | `73` |
+| `last_number` | `So $x = \\frac{3}{4}$.`; `The roots are 5 and 7.`; `y = 2x + 3` | `\\frac{3}{4}`; `5 and 7`; `y = 2x + 3` |
 
-A marker without an answer does not count: `#### Step 2` and `#### 1. Multiply` are headings, `The answer is below` is prose.
-A quantity is taken whole: `2 1/2`, `5 million`, `5 hours and 30 minutes`, `3:30`, `5 or 7`, `5√2`. Nouns after it are left out.
+A marker without an answer does not count: `#### Step 2` and `#### 1. Multiply` are headings, `The answer is below` is prose,
+`If the answer is 5, …` is a supposition. A quantity is taken whole: `2 1/2`, `5 million`, `5 hours and 30 minutes`, `3:30`,
+`5 or 7`, `5√2`, `(5, 7)`. Nouns after it are left out, and units are kept. `less than 5` and `half of 10` are no answers.
 
-**Comparing.** Both texts are normalized (Unicode, LaTeX spacing, Markdown), then compared by the first rule that applies:
+**Comparing.** Both texts are normalized (Unicode, LaTeX spacing and synonyms, Markdown). Then the first rule that applies decides:
 
 | rule | equal | not equal |
 |---|---|---|
-| same text, spaces and case of words aside | `\\dfrac12`, `\\frac{1}{2}` | |
-| exact numbers: signs, groups, decimals, fractions, mixed, repeating, `e` and `10^n`, per cent | `2 1/2`, `2.5`; `0.\\overline{3}`, `1/3` | `0.333`, `1/3` |
-| units: two known ones must agree; one alone, and nouns, do not count | `3 m`, `300 cm`, `3` (each with the first) | `3 m`, `3 cm` |
-| digits with a base | `204_5`, `204_{5}` | `204_6`, `204_5` |
+| same text; spaces, and case of words, do not count | `\\dfrac12`, `\\frac{1}{2}` | |
+| exact numbers: signs, groups, decimals, fractions, mixed, repeating, `e`, `10^n`, words | `2 1/2`, `2.5`; `0.\\overline{3}`, `1/3` | `0.333`, `1/3` |
+| units: two known ones must agree; one alone, and nouns, do not count | `3 m`, `300 cm`; `3 m`, `3` | `3 m`, `3 cm` |
+| per cent and dozens beside a bare number: with or without the factor | `5%`, `5`, `0.05` (each with the first) | `5%`, `0.5` |
+| digits with a base; times and ratios by parts | `204_5`, `204_{5}`; `3:30 PM`, `3:30 p.m.` | `204_6`, `204_5` |
 | lists and sets in any order, `±` as two; tuples, intervals and matrices by place | `3 and 5`, `5, 3` | `(1,2)`, `(2,1)`, `[1,2]` |
-| one side is an equation or inequality | `x = 5`, `5`; `2<x<3`, `(2,3)` | |
+| one side defines a variable, or is an inequality | `x = 5`, `5`; `2<x<3`, `(2,3)` | `x+y=5`, `5` |
 | words | `east`, `\\text{East}` | `east`, `seat` |
-| anything else: math-verify, and both sides must have one value at sample points | `2\\sqrt{5}`, `\\sqrt{20}` | `1/2^{99}`, `1/2^{98}` |
+| anything else: math-verify, and both sides have the same value at sample points | `2\\sqrt{5}`, `\\sqrt{20}` | `1/2^{99}`, `1/2^{98}` |
+
+Math-verify takes a decimal for an irrational number where six decimals agree: `1.4142136` equals `\\sqrt2`. Towers of powers,
+integrals, sums, limits and answers of more than 300 characters are compared as text, because evaluating them may not end.
 """
 
 from __future__ import annotations
@@ -558,7 +567,8 @@ def _around_box(text: str, start: int, end: int) -> str | None:
     if not (_GREW.search(left) or _GROWS.match(right)):
         return None
     whole = left + text[start:end] + right
-    return _trim(re.sub(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"{\1}", whole)) or None
+    braces = r"{\1}" if "\\" in left + right or "_" in right or "^" in right else r"\1"
+    return _trim(re.sub(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", braces, whole)) or None
 
 
 _GREW = re.compile(r"(?:[-+/*^_×]|(?<![A-Za-z])\d|\\(?:times|cdot|pm)\s*|\\(?:frac|sqrt)\s*\{?|\}\s*\{)\s*$")

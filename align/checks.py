@@ -130,8 +130,9 @@ def _declared(owner: Any, key: str) -> tuple[Any, Any]:
         except NameError:  # a class of a notebook, with types that only its cell has
             hint = Any
         return hint, getattr(field, "default", None)
-    hints = get_type_hints(owner, localns=_Unimported(owner.__globals__))
-    return hints.get(key, Any), signature(owner).parameters[key].default
+    one = type("", (), {"__annotations__": {key: owner.__annotations__.get(key, Any)}})  # the others may name types of checkers
+    hints = get_type_hints(one, owner.__globals__, _Unimported(owner.__globals__))
+    return hints[key], signature(owner).parameters[key].default
 
 
 class _Unimported(dict):
@@ -142,7 +143,7 @@ class _Unimported(dict):
         self.names = names
 
     def __missing__(self, name: str) -> Any:
-        if name in self.names or hasattr(builtins, name):
+        if name in self.names or hasattr(builtins, name) or name.startswith("__"):
             raise KeyError(name)
         return Any
 
