@@ -83,7 +83,7 @@ def elsewhere(model: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
 
 
 def loading_options(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `align.load_model` that a model's numbers depend on, but for those that `model_identity` takes."""
+    """Arguments of `align.load_model` that a model's numbers depend on, without those that `model_identity` takes."""
     left_out = ("path", "revision", "subfolder", *FETCHING)
     return {name: value for name, value in model.items() if name not in left_out}
 

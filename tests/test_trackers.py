@@ -71,7 +71,7 @@ def losses(folder) -> list[float]:
         ("wandv", "report_to: 'wandv' is unknown; use none, all, or some of .*wandb"),
         (["none", "tensorboard"], "'none' is unknown"),
         (None, "None is unknown"),
-        (5, "5 is unknown"),
+        (5, "5 is unknown|report_to = 5 must be"),
     ],
 )
 def test_a_tracker_that_is_not_there_is_refused_before_anything_is_loaded(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl.trainer.utils import get_config_model_id
 
+from ..damage import whole_folders
 from ..errors import ConfigError
 from ..hub import check_source, source_of
 from ..models import base_model
@@ -45,7 +46,10 @@ def config_of(model: Any, args: DPOConfig | SFTConfig) -> PretrainedConfig:
     """The configuration of a model, loaded or named."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(model, **source_of_trainer(args)) if isinstance(model, str) else model.config
+    if not isinstance(model, str):
+        return model.config
+    with whole_folders(model):
+        return AutoConfig.from_pretrained(model, **source_of_trainer(args))
 
 
 @contextmanager

@@ -47,7 +47,7 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 @dataclass
 class TokenDPOConfig(DPOConfig):
-    """[`~trl.DPOConfig`] with six new fields. `use_weighting` and the loss type `aot` are refused: they are no functions
+    """[`~trl.DPOConfig`] with six new fields. `use_weighting` and the loss type `aot` are refused, because they are not functions
     of the sequence log-ratios that the weights change.
 
     Args:
