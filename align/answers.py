@@ -106,7 +106,9 @@ def _plain(text: str) -> str:
     if text.isascii():
         return text
     text = re.sub(rf"(?<=\d)\s*(?=[{''.join(_FRACTIONS)}])", " ", text).translate(_PLAIN)
-    text = re.sub(r"(\d+)\s*分之\s*(\d+)", r"\2/\1", re.sub(r"(?:零下|负|負)(?=\d)", "-", text))
+    text = re.sub(r"(?:零下|负|負)(?=\d)", "-", text)
+    if "分之" in text:
+        text = re.sub(r"(?<!\d)(\d{1,15})\s*分之\s*(\d{1,15})", r"\2/\1", text)
     text = re.sub(r"[^\D0-9]", lambda m: str(unicodedata.decimal(m.group())), text)
     for opening, digits in (("^", _SUPERSCRIPTS), ("_", _SUBSCRIPTS)):
         text = re.sub(
@@ -466,7 +468,7 @@ def extract_answer(text: str) -> tuple[str | None, str | None]:
     return None, None
 
 
-_NEXT_QUESTION = re.compile(r"\n\s*(?:Question|Q|Problem|User|Human|### Instruction)\s*:")
+_NEXT_QUESTION = re.compile(r"\n[ \t]*(?:Question|Q|Problem|User|Human|### Instruction)\s*:")
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 _HTML = re.compile(r"</?(?:b|i|em|strong|u|p|span|div|br|h\d|sup|sub|center)\b[^<>\n]{0,80}>", re.IGNORECASE)
 _STRUCK = re.compile(r"~~[^~\n]{1,200}~~")

@@ -130,7 +130,9 @@ def _declared(owner: Any, key: str) -> tuple[Any, Any]:
         except NameError:  # a class of a notebook, with types that only its cell has
             hint = Any
         return hint, getattr(field, "default", None)
-    one = type("", (), {"__annotations__": {key: owner.__annotations__.get(key, Any)}})  # the others may name types of checkers
+    one = type(
+        "", (), {"__annotations__": {key: owner.__annotations__.get(key, Any)}}
+    )  # the others may name types of checkers
     hints = get_type_hints(one, owner.__globals__, _Unimported(owner.__globals__))
     return hints[key], signature(owner).parameters[key].default
 

@@ -49,7 +49,7 @@ def main(
         for name, folder in checkouts.items():
             command = [sys.executable, "-c", MEASURE, str(completions.resolve()), str(rows)]
             environment = {**os.environ, "PYTHONPATH": str(folder.resolve())}
-            result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+            result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=folder)
             found[name].append(json.loads(result.stdout.splitlines()[-1]))
     speeds = {name: median(each["rows_per_second"] for each in results) for name, results in found.items()}
     table = [
