@@ -90,10 +90,12 @@ _CHOICES = {"truncation_mode": ("keep_start", "keep_end")}
 def fit_fields(config: Any) -> None:
     """Puts `fitted` values into the fields of a training's configuration, and checks those that must not be too small."""
     cls = type(config)
-    values = {field.name: getattr(config, field.name) for field in fields(cls) if field.init}
+    # transformers declares `fsdp` as text, takes more than that, and sets it to True itself.
+    values = {field.name: getattr(config, field.name) for field in fields(cls) if field.init and field.name != "fsdp"}
     for name, value in fitted(cls, values, cls.__name__).items():
         setattr(config, name, value)
-        if value is not None and name in _LEAST and value < _LEAST[name]:
+        unused = name == "num_train_epochs" and values.get("max_steps", -1) > 0
+        if value is not None and name in _LEAST and value < _LEAST[name] and not unused:
             raise ConfigError(f"{cls.__name__}: {name} = {value!r} must be at least {_LEAST[name]}; raise it")
         if name in _CHOICES and value not in _CHOICES[name]:
             raise ConfigError(

@@ -42,7 +42,13 @@ def position_limit(model: PreTrainedModel | PeftModel) -> int | None:
         for buffer in module._buffers.values():
             if buffer is not None and buffer.dim() >= 2 and positions in (buffer.shape[0], buffer.shape[-1]):
                 found.append(positions)
-    return min(found, default=None)
+    return min(found) - _virtual_tokens(model) if found else None
+
+
+def _virtual_tokens(model: PreTrainedModel | PeftModel) -> int:
+    """Positions that a prompt-learning adapter takes before the prompt."""
+    config = model.active_peft_config if hasattr(model, "active_peft_config") else None
+    return (getattr(config, "num_virtual_tokens", None) or 0) if getattr(config, "is_prompt_learning", False) else 0
 
 
 def check_positions(tokens: int, limit: int | None, name: str, remedy: str) -> None:

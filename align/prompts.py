@@ -99,8 +99,9 @@ def phrase(row: Mapping[str, Any], prompt: Any, name: str, how: Phrasing, column
         ConfigError: an option has none.
     """
     check_prompt(prompt, name)
+    asked = ""
     if isinstance(prompt, str):
-        prompt = with_input(row, prompt, column)
+        prompt = asked = with_input(row, prompt, column)
         prompt = prompt if how.prompt_template is None else how.prompt_template.replace("{prompt}", prompt)
         if how.chat:
             prompt = [*_history(row, name), {"role": "user", "content": prompt}]
@@ -114,7 +115,7 @@ def phrase(row: Mapping[str, Any], prompt: Any, name: str, how: Phrasing, column
         raise ConfigError(
             f"{name}: {' and '.join(found)} need a chat template, and the prompt is text; set chat, or give messages"
         )
-    check_used(row, prompt, name)
+    check_used(row, [asked, prompt], name)
     return {"prompt": prompt, **found}
 
 
@@ -241,7 +242,7 @@ def check_used(row: Mapping[str, Any], prompt: Any, name: str) -> None:
     text = "\n".join(leaf for leaf in _leaves(prompt) if isinstance(leaf, str))
     for column in READ_COLUMNS:
         leaves = list(_leaves(row.get(column)))
-        if all(isinstance(leaf, str) and leaf.strip() in text for leaf in leaves):
+        if all(isinstance(leaf, str) and _stands_in(leaf.strip(), text) for leaf in leaves):
             continue
         remedy = (
             "align reads text alone; remove the column"
@@ -249,6 +250,23 @@ def check_used(row: Mapping[str, Any], prompt: Any, name: str) -> None:
             else "set chat, or write it into the prompt, or remove the column"
         )
         raise RecordError(f"{name}: {column} = {str(row[column])[:80]!r} must be in the prompt; {remedy}")
+
+
+def _stands_in(part: str, text: str) -> bool:
+    """Whether a prompt holds a column's text: as whole lines or, where it has several words, within a line.
+
+    A single word or number may be in a line by chance.
+    """
+    whole = re.escape(part)
+    between = rf"|(?<!\w){whole}(?!\w)" if len(part.split()) > 1 else ""
+    return not part or re.search(rf"(?:^|\n)[ \t]*{whole}[ \t]*(?=\n|$){between}", text) is not None
+
+
+def with_content(messages: Any) -> Any:
+    """Messages with an empty content where they have none (tool calls), which chat templates ask for."""
+    if not isinstance(messages, list):
+        return messages
+    return [{**one, "content": ""} if "role" in one and one.get("content") is None else one for one in messages]
 
 
 def _leaves(value: Any) -> Iterator[Any]:

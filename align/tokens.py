@@ -19,8 +19,8 @@ from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, MissingColumnError, RecordError
-from .prompts import check_template, template_arguments, without_nulls
-from .records import REASONING, SAID, check_ids, check_prompt, row_name
+from .prompts import check_template, template_arguments, with_content, without_nulls
+from .records import REASONING, SAID, check_ids, check_prompt, is_empty, row_name
 
 if TYPE_CHECKING:
     import torch
@@ -257,9 +257,8 @@ def _render(tokenizer, messages: list[dict], name: str, template: Mapping[str, A
         raise RecordError(
             f"{name}: chat messages need a tokenizer with a chat template; set `tokenizer.chat_template` or give text"
         )
-    filled = [{**message, "content": ""} if message.get("content") is None else message for message in messages]
     try:
-        return tokenizer.apply_chat_template(filled, tokenize=False, **template, **kwargs)
+        return tokenizer.apply_chat_template(with_content(list(messages)), tokenize=False, **template, **kwargs)
     except Exception as error:  # noqa: BLE001 - a template is a program of its own, and raises what it likes
         raise RecordError(
             f"{name}: the chat template cannot render {str(messages)[:200]} ({type(error).__name__}: {error}); fix the messages"
@@ -496,6 +495,8 @@ def _checked(prompt, completion, name: str, rule: CompletionRule):
     if not completion:
         raise RecordError(f"{name} is empty; remove the row or give it text")
     check_prompt(completion, name, "completion")
+    if is_empty(completion):
+        raise RecordError(f"{name} is empty: {str(completion)[:80]} says nothing; remove the row or give it text")
     if isinstance(prompt, str):
         if not isinstance(completion, str):
             raise RecordError(f"{name} is chat messages, but its prompt is text; give both as text or both as messages")

@@ -528,3 +528,16 @@ def test_turns_of_others_are_not_trained_on(role, tmp_path):
                 tiny_llama(vocab_size=len(tokenizer)), args=config(str(tmp_path / "b"), **QUIET), processing_class=tokenizer,
                 train_dataset=Dataset.from_list([{"prompt": USER, "completion": inside}]),
             )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "empty", ["", [{"role": "assistant", "content": ""}], [{"role": "assistant", "content": None}]]
+)
+def test_an_empty_answer_is_refused_by_name_as_text_and_as_messages(empty):
+    row = {
+        "prompt": [{"role": "user", "content": "1+1?"}],
+        "chosen": [{"role": "assistant", "content": "2"}],
+        "rejected": empty,
+    }
+    with pytest.raises(RecordError):
+        encode_pair(byte_level_tokenizer(chat=True), row, "row 3")

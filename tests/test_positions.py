@@ -250,3 +250,15 @@ def _saved(tmp_path) -> str:
     model_of("GPT2", **GPT2).save_pretrained(tmp_path / "gpt2")
     byte_level_tokenizer().save_pretrained(tmp_path / "gpt2")
     return str(tmp_path / "gpt2")
+
+
+def test_virtual_tokens_take_positions():
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def model():
+        return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=64, n_embd=8, n_layer=1, n_head=1))
+
+    prompts = get_peft_model(model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8))
+    assert position_limit(prompts) == 56
+    assert position_limit(get_peft_model(model(), LoraConfig(task_type="CAUSAL_LM"))) == 64

@@ -463,3 +463,22 @@ def test_arguments_of_the_template_in_a_configuration(tmp_path, qwen3, qwen3_dir
     )
     path = Chain(config, tmp_path / "sft")._demonstrations("demonstrations", {})
     assert read_records(path)[0]["prompt_ids"] == rendered(qwen3, QUESTION, **OFF)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Add 13 to the number.", "input": "3", "answer": "16"},
+        {"prompt": "Solve: 2+2", "system": "e", "answer": "4"},
+        {"prompt": "He said hi. Who?", "history": [["hi", "He"]], "answer": "he"},
+    ],
+)
+def test_a_column_that_only_happens_to_occur_in_the_prompt_is_not_in_it(tmp_path, row):
+    column = next(name for name in ("input", "system", "history") if name in row)
+    with pytest.raises(RecordError, match=f"row 0: {column} = .* must be in the prompt"):
+        load_problems(put(tmp_path / "in.jsonl", [row]))
+
+
+def test_a_short_input_reaches_the_prompt_through_a_template(tmp_path):
+    source = put(tmp_path / "in.jsonl", [{"instruction": "Double it.", "input": "3", "answer": "6"}])
+    assert load_problems(source, prompt_template="Q: {prompt} A:")[0]["prompt"] == "Q: Double it.\n3 A:"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,11 @@ def config_of(model: Any, args: DPOConfig | SFTConfig) -> PretrainedConfig:
 
     if not isinstance(model, str):
         return model.config
+    files = [os.path.isfile(os.path.join(model, name)) for name in ("adapter_config.json", "config.json")]
+    if files == [True, False]:
+        raise ConfigError(
+            f"model = {model!r} must be a whole model, and is an adapter; give align.load_model(BASE, adapter={model!r})"
+        )
     with whole_folders(model):
         return AutoConfig.from_pretrained(model, **source_of_trainer(args))
 

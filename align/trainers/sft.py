@@ -17,7 +17,15 @@ from ..errors import ConfigError, RecordError
 from ..hub import source_of
 from ..positions import check_positions
 from ..processes import check_group
-from ..prompts import READ_COLUMNS, check_template, check_used, template_arguments, template_columns, without_nulls
+from ..prompts import (
+    READ_COLUMNS,
+    check_template,
+    check_used,
+    template_arguments,
+    template_columns,
+    with_content,
+    without_nulls,
+)
 from ..records import row_name
 from ..safety import no_pickles
 from ..tokens import CompletionRule, encode_row
@@ -35,8 +43,8 @@ logger = get_logger(__name__)
 #: Columns of which TRL renders prompts and answers.
 _RENDERED = ("messages", "conversations", "prompt", "completion", "tools", "chat_template_kwargs")
 
-#: Those that hold a prompt.
-_PROMPTS = ("messages", "conversations", "prompt")
+#: Those that hold a prompt, in the order in which TRL looks for them.
+_PROMPTS = ("prompt", "messages", "conversations")
 
 
 @dataclass
@@ -107,8 +115,9 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
         if formatting_func is None:
             check_sft_rows(dataset, dataset_name, args, bool(processing_class.chat_template or self.chat_template))
         names = column_names(dataset)
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self._rule = self._rule or CompletionRule.of(
-            getattr(processing_class, "tokenizer", processing_class),
+            tokenizer,
             self._checkpoint,
             args.trl_completions,
             source_of_trainer(args),
@@ -116,7 +125,7 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
         if "input_ids" in names:
             self._rule.check_unused(f"{dataset_name} data set")
         elif formatting_func is None:
-            dataset = _as_given(dataset, names, dataset_name, args.dataset_text_field, processing_class)
+            dataset = _as_given(dataset, names, dataset_name, args.dataset_text_field, tokenizer)
             # Masks of a template's own, transforms and processors of images are TRL's matter.
             ours = not (self._rule.trl or args.assistant_only_loss) and hasattr(processing_class, "pad_token")
             custom = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
@@ -208,7 +217,7 @@ def _as_given(
             source = tokenizer.get_chat_template(template.get("chat_template"), template.get("tools"))
             check_template(source, template, where)
         kept = template_columns(row, where).get("chat_template_kwargs", {})
-        found = {column: without_nulls(row[column]) for column in nested}
+        found = {column: with_content(without_nulls(row[column])) for column in nested}
         return found | ({"chat_template_kwargs": kept} if "chat_template_kwargs" in names else {})
 
     if isinstance(dataset, IterableDataset):
