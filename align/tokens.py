@@ -449,7 +449,7 @@ def encode_row(
     Where tokens would merge across the boundary, the completion is tokenized on its own.
 
     The generation prompt of some chat templates has more than conversations with an answer: `<think>`, where an answer
-    has no reasoning. Then the prompt's ids end before it, as in TRL, and one warning a run says so.
+    has no reasoning. Then the prompt's ids end before it, as in TRL; each run warns of it once.
 
     Args:
         prompt: text or messages; see `encode_prompt`.

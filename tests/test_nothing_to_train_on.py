@@ -244,3 +244,26 @@ def test_pairs_that_stay_are_trained_as_they_were(tmp_path, tokenizer):
     whole, some = dpo(tmp_path, tokenizer, pairs), dpo(tmp_path, tokenizer, [*pairs, ROWS[1]])
     losses = [t.compute_loss(t.model, next(iter(t.get_eval_dataloader(t.train_dataset)))) for t in (whole, some)]
     torch.testing.assert_close(*losses)
+
+
+def test_conversations_with_tool_calls_alone_train_in_sft_as_with_empty_content(tmp_path):
+    tokenizer = byte_level_tokenizer(chat=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+        "{% endfor %}{{ eos_token }}{% endfor %}"
+    )
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]
+    ids = []
+    for content in ({}, {"content": None}, {"content": ""}):
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": calls, **content}]
+        trainer = sft(tmp_path, tokenizer, [{"messages": talk}], max_length=None)
+        ids.append(list(trainer.train_dataset[0]["input_ids"]))
+    assert ids[0] == ids[1] == ids[2]
+    assert "weather" in tokenizer.decode(ids[0])
+
+
+def test_sft_looks_for_a_column_in_the_prompt_that_trl_reads(tmp_path, tokenizer):
+    row = {"prompt": "Q: 1+1", "completion": " 2", "system": "Be terse."}
+    talk = [{"role": "system", "content": "Be terse."}, {"role": "user", "content": "Q: 1+1"}]
+    with pytest.raises(RecordError, match="system = 'Be terse.' must be in the prompt"):
+        sft(tmp_path, tokenizer, [{**row, "messages": talk}])

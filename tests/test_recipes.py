@@ -157,6 +157,9 @@ def test_a_rate_that_yaml_reads_as_text_is_a_number(tmp_path):
     config = read_config(TINY)
     config.methods["cdpo"]["args"]["learning_rate"] = "1e-9"
     Chain(config, tmp_path)
+    from align import CDPOConfig
+
+    assert CDPOConfig(str(tmp_path), use_cpu=True, learning_rate="1e-9").learning_rate == 1e-9
 
 
 def test_the_chain_behind_rac_is_understood(tmp_path):

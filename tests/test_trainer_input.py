@@ -137,7 +137,8 @@ def test_layers_that_are_there(tmp_path):
     for settings in ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, {"target_modules": "all-linear"},
                      {"target_modules": ["self_attn.v_proj"]}, {"target_parameters": ["q_proj.weight"], "target_modules": ["v_proj"]}, {"target_modules": r".*\.mlp\..*_proj"}, {},
                      {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}):  # fmt: skip
-        build(tmp_path, "sft", TEXT, peft=LoraConfig(task_type="CAUSAL_LM", r=2, **settings))
+        trainer = build(tmp_path, "sft", TEXT, peft=LoraConfig(task_type="CAUSAL_LM", r=2, **settings))
+        assert any("lora_" in name for name, weight in trainer.model.named_parameters() if weight.requires_grad)
 
 
 STEPS = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
@@ -429,3 +430,19 @@ def test_half_a_model_that_a_trainer_is_given_by_name(tmp_path, folder, name, sp
 def test_an_index_of_something_else_is_damaged(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     assert missing_shard(tmp_path) == "model.safetensors.index.json is cut off or damaged"
+
+
+def test_values_that_transformers_takes_and_declares_otherwise(tmp_path):
+    from align import TokenDPOConfig
+
+    assert TokenDPOConfig(str(tmp_path), use_cpu=True, fsdp=["full_shard"]).fsdp
+    assert TokenDPOConfig(str(tmp_path), use_cpu=True, num_train_epochs=-1, max_steps=2).max_steps == 2
+
+
+def test_an_adapter_is_not_a_model_to_train(tmp_path):
+    from align import TokenDPOConfig
+    from align.trainers.loading import config_of
+
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="must be a whole model, and is an adapter"):
+        config_of(str(tmp_path), TokenDPOConfig(str(tmp_path / "out"), use_cpu=True))
