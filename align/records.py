@@ -40,6 +40,10 @@ TOKEN_COLUMNS = ("ce_scores", "guidance_logratios", "ref_logps", "weights", "ent
 #: Those of them that lie in [0, 1].
 PROBABILITIES = ("ce_scores", "rollout_values")
 
+#: The column of a pair that scales the pair's loss: one number of at most `LARGEST_WEIGHT`, which float32 holds.
+PAIR_WEIGHT = "weight"
+LARGEST_WEIGHT = 3.4e38
+
 #: Endings of files of rows that are read, in any case; each may have an ending of `COMPRESSIONS` behind it.
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
@@ -359,6 +363,7 @@ def check_records(rows: Iterable[Mapping[str, Any]], kind: str, source: str = "r
     if getattr(rows, "kind", None) == kind:
         return  # a RecordFile, checked as it was opened
     seen: set[bytes] = set()
+    weighted = False
 
     def occurs_twice(*key: Any) -> bool:
         # A million ids of any length, in the memory of a million hashes.
@@ -397,6 +402,9 @@ def check_records(rows: Iterable[Mapping[str, Any]], kind: str, source: str = "r
             if column in row:
                 check_ids(row[column], column, name)
         check_token_columns(row, name)
+        if kind == "pair":
+            weighted = row.get(PAIR_WEIGHT) is not None if index == 0 else weighted
+            check_pair_weight(row, name, weighted)
 
 
 def check_prompt(prompt: Any, name: str, column: str = "prompt") -> None:
@@ -474,6 +482,23 @@ def check_token_columns(row: Mapping[str, Any], name: str, columns: Sequence[str
                     raise RecordError(
                         f"{name}: {full}[{position}] = {value!r} is no probability; {column} lie in [0, 1]"
                     )
+
+
+def check_pair_weight(row: Mapping[str, Any], name: str, weighted: bool) -> None:
+    """Checks the `weight` of a pair: a finite number of 0 or more where the data set has the column, and else nothing.
+
+    Raises:
+        RecordError: names the row and the value.
+    """
+    value = row.get(PAIR_WEIGHT)
+    if value is None and not weighted:
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (weighted and number and 0 <= value <= LARGEST_WEIGHT):
+        raise RecordError(
+            f"{name}: {PAIR_WEIGHT} = {value!r} must be a finite number of 0 or more (at most {LARGEST_WEIGHT:g}), in every pair or "
+            "in none; give each pair one (1 changes nothing), or remove the column"
+        )
 
 
 def _hint(row: Mapping[str, Any], values: Sequence, ids: Sequence) -> str:

@@ -13,7 +13,15 @@ from trl.trainer.utils import global_then_local_main_first
 
 from ..errors import MissingColumnError, RecordError
 from ..prompts import check_used
-from ..records import PROBABILITIES, TOKEN_COLUMNS, check_token_columns, row_name
+from ..records import (
+    LARGEST_WEIGHT,
+    PAIR_WEIGHT,
+    PROBABILITIES,
+    TOKEN_COLUMNS,
+    check_pair_weight,
+    check_token_columns,
+    row_name,
+)
 from ..tokens import CompletionRule, check_pair_ids, encode_pair, truncate_completion
 from .row_data import lengths_of, numbers_of, tables_of
 
@@ -96,6 +104,7 @@ def prepare_preference_dataset(
                         f"{name} data set, {row_name(row, index)}: {side}_{column} is empty, other rows have it; fill or remove it"
                     )
         check_token_columns(row, f"{name} data set, {row_name(row, index)}", columns)
+        check_pair_weight(row, f"{name} data set, {row_name(row, index)}", PAIR_WEIGHT in names)
 
     def prepare(row: dict[str, Any], index: int) -> dict[str, Any]:
         ids, where = {}, f"{name} data set, {row_name(row, index)}"
@@ -125,17 +134,20 @@ def prepare_preference_dataset(
         _report(name, counts, args)
         if any(counts[reason] for reason in DROPPED):
             dataset = dataset.select(numpy.flatnonzero(reasons == 0))
+    check_weighs(dataset, name)
     return dataset, counts
 
 
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 #: What a row's check reads, besides token-level columns.
-_CHECKED = ("id", *_IDS)
+_CHECKED = ("id", *_IDS, PAIR_WEIGHT)
 
 
 def _is_plain(table: pyarrow.Table, vocabulary: int, columns: Sequence[str]) -> bool:
     """Whether nothing can be wrong with any of these rows, seen at once; where that is not so, each is looked at."""
+    if PAIR_WEIGHT in table.column_names and not _are_weights(table[PAIR_WEIGHT]):
+        return False
     lengths = {}
     for name in _IDS:
         found = numbers_of(table[name]) if name in table.column_names else None
@@ -157,6 +169,27 @@ def _is_plain(table: pyarrow.Table, vocabulary: int, columns: Sequence[str]) -> 
     return True
 
 
+def _are_weights(column: pyarrow.ChunkedArray) -> bool:
+    number = pyarrow.types.is_integer(column.type) or pyarrow.types.is_floating(column.type)
+    if not number or column.null_count:
+        return False
+    values = column.to_numpy()
+    return bool(((values >= 0) & (values <= LARGEST_WEIGHT)).all())  # False for NaN
+
+
+def check_weighs(dataset: Dataset, name: str) -> None:
+    """Raises a RecordError where each pair of a data set has weight 0."""
+    if PAIR_WEIGHT not in dataset.column_names:
+        return
+    for table in tables_of(dataset, (PAIR_WEIGHT,)):
+        if table[PAIR_WEIGHT].to_numpy().astype(numpy.float32).any():
+            return
+    raise RecordError(
+        f"{name} data set: {PAIR_WEIGHT} = 0 in all of its {len(dataset)} pairs that can be trained on, so that nothing can be "
+        "learned; give some of them a positive weight, or remove the column"
+    )
+
+
 def _check_columns(name: str, names: list[str], token_level: list[str], has_ids: bool, required: Sequence[str]) -> None:
     missing = [column for column in required if column not in names]
     if missing:
@@ -167,7 +200,7 @@ def _check_columns(name: str, names: list[str], token_level: list[str], has_ids:
     if sideless := [column for column in TOKEN_COLUMNS if column in names]:
         raise MissingColumnError(
             f"{name} data set: column {sideless[0]} has no side, so nothing reads it; name it chosen_{sideless[0]} or "
-            f"rejected_{sideless[0]}, or remove it"
+            f"rejected_{sideless[0]}, or remove it (the weight of a whole pair is in {PAIR_WEIGHT})"
         )
     if token_level and not has_ids:
         raise MissingColumnError(

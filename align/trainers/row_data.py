@@ -49,11 +49,10 @@ def dataset_on_disk(rows: Sequence[Record], path: Path, hidden: bool = False) ->
 
 
 def _write(rows: Sequence[Record], path: Path, hidden: bool) -> None:
-    names = list(rows[0])
-
     def tables() -> Iterator[pyarrow.Table]:
         there, start = iter(rows), 0
         while part := list(islice(there, ROWS_PER_TABLE)):
+            names = dict.fromkeys(name for row in part for name in row)  # the first row may lack a column of others
             yield pyarrow.table({name: _column(part, name, start) for name in names})
             start += len(part)
             bar.update(start - bar.n)
@@ -68,7 +67,7 @@ def _write(rows: Sequence[Record], path: Path, hidden: bool) -> None:
             schema = pyarrow.unify_schemas([table.schema for table in tables()], promote_options="permissive")
         except pyarrow.ArrowException as error:
             raise RecordError(f"the rows have values of different types in one column: {error}") from None
-        _write_tables(temporary, (table.cast(schema) for table in tables()), schema)
+        _write_tables(temporary, (_completed(table, schema).cast(schema) for table in tables()), schema)
 
 
 def _write_tables(path: Path, tables: Iterable[pyarrow.Table], schema: pyarrow.Schema) -> bool:
@@ -79,6 +78,13 @@ def _write_tables(path: Path, tables: Iterable[pyarrow.Table], schema: pyarrow.S
                 return False
             writer.write_table(table)
     return True
+
+
+def _completed(table: pyarrow.Table, schema: pyarrow.Schema) -> pyarrow.Table:
+    """The table with all columns of the schema, empty where it has none, in the schema's order."""
+    for name in set(schema.names) - set(table.column_names):
+        table = table.append_column(name, pyarrow.nulls(len(table)))
+    return table.select(schema.names)
 
 
 def _column(rows: Sequence[Record], name: str, start: int) -> pyarrow.Array:

@@ -202,12 +202,12 @@ class TokenBudget(DPOTrainer):
         if reason := length_dependent(config):
             raise ConfigError(f"max_tokens_per_batch: {reason}, so a batch cut in parts has other numbers; unset it")
 
-    def _sft_by_tokens(self, logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _sft_by_tokens(self, logps: torch.Tensor, mask: torch.Tensor, part: Part) -> torch.Tensor:
         """What the term `sft` of a part lacks: it is a mean over tokens, so it counts by its share of tokens, not of pairs."""
         chosen = mask.chunk(2)[0]
         term = -(logps * mask).chunk(2)[0].sum() / chosen.sum()
         weight = self.loss_weights[self.loss_types.index("sft")]
-        return weight * (self._part.chosen_share / self._part.share - 1) * term
+        return weight * (part.chosen_share / part.share - 1) * term
 
     def _parts(self, inputs: dict[str, Any]) -> list[Part]:
         """The batch, cut by the budget; a pair is never cut, so one that is larger makes a part of its own."""

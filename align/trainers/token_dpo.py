@@ -20,11 +20,13 @@ from ..losses import weighted_logps
 from ..models import keep_trainable, load_tokenizer, vocab_size
 from ..positions import check_positions
 from ..processes import check_group
+from ..records import PAIR_WEIGHT
 from ..safety import no_pickles
 from ..tokens import CompletionRule, label_values, pad_rows, shift_to_labels, truncate
 from .adapters import check_layers, checked_layers
 from .loading import config_of, model_name, name_of_tokenizer, source_of_trainer, whole_source, with_revision
 from .longest import LongestBatch, longest_pairs
+from .pair_weights import PAIR_WEIGHTS, check_collator, check_weighable, groups_of
 from .preference_data import SIDES, has_reference, prepare_preference_dataset
 from .prefix_sharing import PaddedRows, PrefixSharing, layout_of
 from .preflight import Preflight
@@ -32,7 +34,7 @@ from .reference_check import check_reference_columns
 from .reference_model import check_adapters, copy_partitioned, frozen_copy, is_partitioned
 from .row_checks import check_not_empty, check_pair_lengths, data_sets
 from .sharding import check_offloaded, check_sharding, launched_with_fsdp
-from .token_budget import FIELDS, TokenBudget
+from .token_budget import FIELDS, FusedCausalLMOutput, Part, TokenBudget, metrics_aside, take
 from .token_reference import PREFIX, TokenReference
 from .trackers import check_trackers
 from .weight_check import ConstantWeights
@@ -129,13 +131,15 @@ class TokenDPOConfig(DPOConfig):
 class TokenPreferenceCollator(DataCollatorForPreference):
     """TRL's collator, plus token-level columns: for each of `columns` and each side that the examples have, the batch
     gets `token_<side>_<column>` of shape (B, L), laid out, truncated and padded like the side's `input_ids`, 0 outside
-    the completions."""
+    the completions. Where the examples have a `weight`, the batch gets `token_pair_weights` of shape (B,)."""
 
     columns: tuple[str, ...] = ()
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
         width = batch["input_ids"].shape[1]
+        if PAIR_WEIGHT in examples[0]:
+            batch[PAIR_WEIGHTS] = torch.tensor([float(example[PAIR_WEIGHT]) for example in examples])
         for name in [f"{side}_{column}" for side in SIDES for column in self.columns]:
             if name in examples[0]:
                 rows = [label_values(example[name], len(example["prompt_ids"])) for example in examples]
@@ -165,6 +169,7 @@ class _TokenWeightedModel:
         self.fields: dict[
             str, torch.Tensor
         ] = {}  # all per-token fields, (2B, T) each, without gradient, set by the call
+        self.aux_loss: torch.Tensor | None = None  # of a model's router, set by the call
 
     def __call__(self, **kwargs):
         outputs = self.call(**kwargs)
@@ -174,7 +179,15 @@ class _TokenWeightedModel:
             self.logps = outputs.log_probs[:, -width:]
             self.fields = {n: outputs[n][:, -width:].detach() for n in FIELDS if outputs.get(n) is not None}
             outputs.log_probs = weighted_logps(self.logps, self.ref_logps, self.weights)
+            self.aux_loss = outputs.get("aux_loss")
         return outputs
+
+    def rows(self, rows: torch.Tensor) -> _TokenWeightedModel:
+        """Some rows of what was called, without a router's loss, which is the whole batch's."""
+        fields = {name: value[rows] for name, value in self.fields.items()} | {"log_probs": self.logps[rows]}
+        outputs = FusedCausalLMOutput(**fields)
+        outputs.aux_loss = self.logps.new_zeros(())
+        return _TokenWeightedModel(lambda **_: outputs, self.ref_logps[rows], self.weights[rows])
 
 
 class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
@@ -217,6 +230,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         check_group(args.world_size)
         for dataset_name, dataset in data_sets(train_dataset, eval_dataset):
             check_not_empty(dataset, dataset_name)
+            check_weighable(dataset, dataset_name, args)
         if processing_class is None:
             processing_class = load_tokenizer(name_of_tokenizer(model), **source_of_trainer(args))
         if not hasattr(processing_class, "pad_token"):
@@ -289,6 +303,8 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         if args.max_tokens_per_batch is not None:
             self._check_token_budget()
         self._layout, self._ref_layout  # noqa: B018 (a model that cannot share says so now)
+        if data_collator is not None:
+            check_collator(self)
         self._constant_weights = ConstantWeights(self)
         self._constant_weights.look_at_rows()
         if stored and args.check_reference and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
@@ -340,6 +356,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         check_not_empty(dataset, dataset_name)
+        check_weighable(dataset, dataset_name, args)
         dataset, self.data_report[dataset_name] = prepare_preference_dataset(
             dataset,
             processing_class,
@@ -358,6 +375,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
             super()._set_signature_columns_if_needed()
             columns = (*self.token_columns, "ref_logps")
             self._signature_columns += [f"{side}_{column}" for side in SIDES for column in columns]
+            self._signature_columns.append(PAIR_WEIGHT)
 
     def _weights(self, inputs: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
         """(2B, T) weights of a batch, by the method's rule."""
@@ -391,21 +409,58 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         seam = _TokenWeightedModel(call, ref_logps, weights)
         trl_inputs = {key: value for key, value in inputs.items() if not key.startswith(PREFIX)}
         trl_inputs["ref_chosen_logps"], trl_inputs["ref_rejected_logps"] = ref_sums.chunk(2)
-        precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
-        try:
-            result = super()._compute_loss(seam, trl_inputs, return_outputs)
-        finally:
-            self.precompute_ref_logps = precomputed
-        loss, *outputs = result if return_outputs else (result,)
+        loss, *outputs = self._loss_through(seam, trl_inputs, self._part, return_outputs)
         logratios = (seam.logps - ref_logps) * mask
         self.of_rows = (weights * logratios).detach().masked_fill(mask == 0, 0).sum(1)
-        loss = self._finish_loss(loss, logratios, weights, mask)
-        if "sft" in self.loss_types and self._part is not None:
-            loss = loss + self._sft_by_tokens(seam.logps, mask)
         if self._part is not None:
             self._part.outputs = seam.fields
         self._log_token_metrics(mode, seam.logps, logratios, weights, mask)
+        if PAIR_WEIGHTS in inputs:
+            loss = self._weigh_pairs(loss, seam, trl_inputs, inputs[PAIR_WEIGHTS])
+            of_pairs = self.accelerator.gather(inputs[PAIR_WEIGHTS])
+            self._metrics[mode]["weights/pairs"].append(of_pairs.mean().item())
         return (loss, *outputs) if return_outputs else loss
+
+    def _loss_through(
+        self, seam: _TokenWeightedModel, inputs: dict[str, Any], part: Part | None, return_outputs: bool = False
+    ) -> tuple:
+        """TRL's loss of what the seam gives, finished; and its outputs, where they are asked for.
+
+        Args:
+            inputs: what TRL reads, the reference's sums among it.
+            part: of a batch, whose loss is a mean over all of its pairs.
+        """
+        precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            result = super()._compute_loss(seam, inputs, return_outputs)
+        finally:
+            self.precompute_ref_logps = precomputed
+        loss, *outputs = result if return_outputs else (result,)
+        mask = shift_to_labels(inputs["completion_mask"]).to(seam.ref_logps.dtype)
+        loss = self._finish_loss(loss, (seam.logps - seam.ref_logps) * mask, seam.weights, mask)
+        if "sft" in self.loss_types and part is not None:
+            loss = loss + self._sft_by_tokens(seam.logps, mask, part)
+        return loss, *outputs
+
+    def _weigh_pairs(
+        self, loss: torch.Tensor, seam: _TokenWeightedModel, inputs: dict[str, Any], pair_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """(1/B) Σ_i weight_i f_i from log-probabilities that are there: TRL's loss of the pairs of each weight, scaled. The loss of a
+        router is the batch's, and stays as it is.
+
+        Args:
+            loss: of the batch without weights, which it is where all of them are 1.
+            pair_weights: (B,).
+        """
+        if (pair_weights == 1).all():
+            return loss
+        total = seam.logps[:0].sum()  # 0, whose gradient is there even where no pair has a weight
+        with metrics_aside(self):
+            for weight, share, part in groups_of(pair_weights, inputs["completion_mask"], self._part):
+                rows = torch.tensor(part.pairs, device=seam.logps.device)
+                some = seam.rows(torch.cat((rows, rows + len(pair_weights))))
+                total = total + weight * share * self._loss_through(some, take(inputs, part), part)[0]
+        return total + self.router_aux_loss_coef * seam.aux_loss if self.aux_loss_enabled else total
 
     def _finish_loss(self, loss, logratios: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor):
         """Last word on TRL's loss. Here: takes the weights out of the term `sft`, which is a likelihood, no log-ratio.

@@ -27,7 +27,7 @@ from ..models import base_fingerprint, load_model, load_tokenizer, vocab_size, w
 from ..positions import check_positions, position_limit
 from ..processes import process_state, together
 from ..record_file import Derived
-from ..records import Record, check_records, row_name
+from ..records import PAIR_WEIGHT, Record, check_records, row_name
 from ..safety import check_checkpoint
 from ..stages import is_complete, manifest_path, read_manifest, records_hash, say_discarded, write_manifest
 from ..tokens import check_row_ids
@@ -58,7 +58,7 @@ SFT_TRAINERS = {
 }
 
 #: What a pair carries for TokenDPO and its subclasses, besides ids.
-_READ = ("prompt_ids", "chosen_ids", "rejected_ids", "id")
+_READ = ("prompt_ids", "chosen_ids", "rejected_ids", "id", PAIR_WEIGHT)
 
 
 #: Where a training keeps its rows while it runs.

@@ -1,0 +1,68 @@
+"""A pair's own weight: (1/B) Σ_i weight_i f_i in place of TRL's (1/B) Σ_i f_i, f_i being the loss of pair i alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ConfigError
+from ..records import PAIR_WEIGHT
+from .preference_data import SIDES, column_names
+from .token_budget import Part
+from .token_reference import PREFIX
+
+if TYPE_CHECKING:
+    from .token_dpo import TokenDPOConfig, TokenDPOTrainer
+
+#: What the batch calls the weights of its pairs, (B,). The prefix keeps them from TRL and from the model.
+PAIR_WEIGHTS = f"{PREFIX}pair_weights"
+
+
+def check_weighable(dataset: Any, name: str, args: TokenDPOConfig) -> None:
+    """Raises a ConfigError where pairs have weights, and the loss is not a sum over pairs."""
+    if "aot_unpaired" in args.loss_type and PAIR_WEIGHT in column_names(dataset):
+        raise ConfigError(
+            f"{name} data set: column {PAIR_WEIGHT} scales the loss of a pair, and loss_type 'aot_unpaired' sorts all pairs of a "
+            "batch; remove the column, or use another loss type"
+        )
+
+
+def check_collator(trainer: TokenDPOTrainer) -> None:
+    """Raises a ConfigError where a collator of the caller's own leaves a column out of the batch that the loss reads."""
+    dataset = trainer.train_dataset
+    row = next(iter(dataset))
+    batch = trainer.data_collator([row])
+    read = {f"{side}_{column}" for side in SIDES for column in (*trainer.token_columns, "ref_logps")}
+    expected = {name: f"{PREFIX}{name}" for name in sorted(read & row.keys())}
+    if PAIR_WEIGHT in row:
+        expected[PAIR_WEIGHT] = PAIR_WEIGHTS
+    if missing := [name for name, key in expected.items() if key not in batch]:
+        raise ConfigError(
+            f"data_collator leaves {', '.join(missing)} out of the batch, and they would not be trained with; give it "
+            f"columns={(*trainer.token_columns, 'ref_logps')}, and keep what TokenPreferenceCollator.torch_call adds to the batch"
+        )
+
+
+def groups_of(
+    weights: torch.Tensor, completion_mask: torch.Tensor, whole: Part | None
+) -> Iterator[tuple[float, float, Part]]:
+    """The pairs of a batch by their weight: the weight, their share of these pairs, and the part that they are of the batch that
+    the loss is a mean over. Pairs of weight 0 are left out, so that nothing of them gets into the loss, NaN included.
+
+    Args:
+        weights: (B,).
+        completion_mask: (2B, L), chosen rows first.
+        whole: what these pairs are themselves a part of.
+    """
+    share, chosen_share = (1.0, 1.0) if whole is None else (whole.share, whole.chosen_share)
+    tokens = completion_mask[: len(weights), 1:].sum(1).tolist()
+    pairs: dict[float, list[int]] = {}
+    for place, weight in enumerate(weights.tolist()):
+        pairs.setdefault(weight, []).append(place)
+    for weight, places in pairs.items():
+        if weight:
+            of_pairs = len(places) / len(weights)
+            of_tokens = sum(tokens[place] for place in places) / max(sum(tokens), 1)
+            yield weight, of_pairs, Part(places, slice(None), share * of_pairs, chosen_share * of_tokens)
