@@ -185,6 +185,8 @@ def tokenize(
 ) -> None:
     """Makes pairs of a preference data set: prompt, chosen, rejected, as text or messages.
 
+    A column weight, one number of 0 or more per row, is kept: training scales the pair's loss by it.
+
     Example: align tokenize preferences.jsonl tokenized.jsonl --model data/tiny-arithmetic/model
     """
     from .identity import model_identity

@@ -11,7 +11,7 @@ from .checks import check_apart
 from .errors import ConfigError, MissingColumnError, RecordError
 from .problems import prompt_column
 from .prompts import PROMPT_COLUMNS, Phrasing, phrase, without_nulls
-from .records import Record, check_prompt, is_empty, row_name
+from .records import PAIR_WEIGHT, Record, check_pair_weight, check_prompt, is_empty, row_name
 from .sources import load_rows, row_id
 from .stages import file_hash, is_complete, read_manifest, run_in_parts
 from .tokens import CompletionRule, encode_pair
@@ -41,7 +41,7 @@ def tokenize_pairs(
     """The stage `align tokenize`: writes pair records of a preference data set.
 
     A row has `prompt` (or `question`, `problem`, `instruction`), `chosen` and `rejected`, each as text or as messages;
-    messages of `chosen` and `rejected` may begin with the prompt's.
+    messages of `chosen` and `rejected` may begin with the prompt's. A column `weight`, which scales the pair's loss, is kept.
 
     Args:
         source, split, subset: see `align.sources.load_rows`.
@@ -78,6 +78,7 @@ def tokenize_pairs(
         return read_manifest(out_path)["counts"]
     raw = load_rows(source, split=split, subset=subset)
     total = len(raw) if limit is None else min(limit, len(raw))
+    weighted = raw[0].get(PAIR_WEIGHT) is not None
     parts = [range(start, min(start + ROWS_PER_PART, total)) for start in range(0, total, ROWS_PER_PART)]
     dropped: Counter[str] = Counter(prompt_too_long=0, equal=0, empty=0)
     rule = CompletionRule.of(tokenizer, trl=trl_completions)
@@ -87,7 +88,8 @@ def tokenize_pairs(
         for index in part:
             row = dict(raw[index])
             name = f"{source}, {row_name(row, index)}"
-            found = _to_pair(row, name, how)
+            check_pair_weight(row, name, weighted)
+            found = _to_pair(row, name, how) | ({PAIR_WEIGHT: row[PAIR_WEIGHT]} if weighted else {})
             reason = _reason_to_drop(found)
             if reason is None:
                 found |= encode_pair(tokenizer, found, name, rule)

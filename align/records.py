@@ -354,7 +354,8 @@ def _json_array(values: Sequence[Any]) -> Any:
 
 
 def check_records(rows: Iterable[Mapping[str, Any]], kind: str, source: str = "records") -> None:
-    """Checks that rows are records of `kind`: columns present, ids integers, token-level columns as long as their ids.
+    """Checks that rows are records of `kind`: columns present, ids integers, token-level columns as long as their ids, and the
+    `weight` of pairs a number in all of them or in none.
 
     Raises:
         MissingColumnError: a required column is missing from a row.
@@ -495,9 +496,10 @@ def check_pair_weight(row: Mapping[str, Any], name: str, weighted: bool) -> None
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (weighted and number and 0 <= value <= LARGEST_WEIGHT):
+        where = " as a number, which a CSV file does not have" if isinstance(value, str) else ""
         raise RecordError(
             f"{name}: {PAIR_WEIGHT} = {value!r} must be a finite number of 0 or more (at most {LARGEST_WEIGHT:g}), in every pair or "
-            "in none; give each pair one (1 changes nothing), or remove the column"
+            f"in none; give each pair one{where} (1 changes nothing), or remove the column"
         )
 
 

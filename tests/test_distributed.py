@@ -41,10 +41,14 @@ def launch(processes: int, *command: str, port: int) -> str:
 
 
 @pytest.mark.parametrize(
-    "aggregation, budget", [pytest.param("sequence", 0, marks=pytest.mark.slow), ("position", 0), ("sequence", 30)]
-)
+    "aggregation, budget",
+    [
+        pytest.param("sequence", 0, marks=pytest.mark.slow), ("position", 0), pytest.param("sequence", 30, marks=pytest.mark.slow),
+        pytest.param("weighted", 0, marks=pytest.mark.slow), ("weighted", 30),
+    ],
+)  # fmt: skip
 def test_two_processes_log_the_losses_of_one(tmp_path, aggregation, budget):
-    """Of batches done as a whole, and of batches in passes, of which each process has a number of its own."""
+    """Of batches done as a whole, and of batches in passes, of which each process has a number of its own; with pair weights, too."""
     logged = []
     for processes in (1, 2):
         out = launch(
@@ -58,6 +62,8 @@ def test_two_processes_log_the_losses_of_one(tmp_path, aggregation, budget):
         assert f"PROCESSES {processes}\n" in out
         logged.append(json.loads(out.split("LOGGED", 1)[1]))
     assert len(logged[0]) == 10
+    if aggregation == "weighted":
+        assert len({entry[3] for entry in logged[0]}) > 3
     for one, two in zip(*logged, strict=True):
         assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
 

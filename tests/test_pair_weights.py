@@ -1,19 +1,36 @@
 """The column `weight`: (1/B) Σ_i weight_i f_i, against the losses' equations in float64, and against what a weight means."""
 
 import copy
+import json
 import math
+from functools import partial
 
 import pytest
 import torch
 from conftest import random_pairs, tiny_llama
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from oracles import completion_logps
 from peft import LoraConfig
 from test_token_dpo import LORA, assert_close, batch_loss, options, separate_reference
 from trl import DPOTrainer
 
-from align import CDPOConfig, CDPOTrainer, TGDPOConfig, TGDPOTrainer, TokenDPOConfig, TokenDPOTrainer
+from align import (
+    CDPOConfig,
+    CDPOTrainer,
+    RecordFile,
+    TGDPOConfig,
+    TGDPOTrainer,
+    TokenDPOConfig,
+    TokenDPOTrainer,
+    read_records,
+    score_reference,
+    train_preference,
+    write_records,
+)
 from align.errors import ConfigError, RecordError
+from align.preferences import tokenize_pairs
+from align.records import check_records
+from align.trainers.token_dpo import DataCollatorForPreference, TokenPreferenceCollator
 
 BETA, WEIGHTS = 0.3, [0.25, 1.0, 5.0, 0.0, 0.25, 1.0]  # of mean 1.25
 
@@ -31,7 +48,7 @@ def make(tmp_path, tokenizer, rows, models, cls=TokenDPOTrainer, config=TokenDPO
     return cls(
         policy, ref_model=None if lora else reference,
         args=config(**options(tmp_path, per_device_train_batch_size=6, preflight=False) | kwargs),
-        train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(rows), processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows, processing_class=tokenizer,
         peft_config=LoraConfig(**LORA) if lora else None, **others,
     )  # fmt: skip
 
@@ -363,3 +380,97 @@ def test_what_weights_cannot_do_is_refused(tmp_path, tokenizer):
     rows[2]["rejected_ids"], rows[2]["rejected_weights"] = rows[2]["chosen_ids"], rows[2]["chosen_weights"]
     with pytest.raises(RecordError, match="weight = 0 in all of its 2 pairs"):
         make(tmp_path, tokenizer, rows, models)
+
+
+TEXT = [{"prompt": "Q: 1\nA:", "chosen": f" {i}", "rejected": " no", "weight": w} for i, w in enumerate((1, 2.5, 0, 4))]
+
+
+@pytest.mark.parametrize("form", ["ids", "text", "stream", "generator"])
+def test_weights_reach_the_batch_from_every_kind_of_data_set(tmp_path, tokenizer, form):
+    rows = weighted_pairs(weights=[1, 2.5, 0, 4]) if form in ("ids", "stream") else TEXT
+    dataset = Dataset.from_list(rows)
+    if form == "stream":
+        dataset = dataset.to_iterable_dataset()
+    if form == "generator":
+        dataset = IterableDataset.from_generator(lambda: iter(rows))
+    models = tiny_llama(), tiny_llama()
+    trainer = make(tmp_path, tokenizer, dataset, models, max_steps=1, per_device_train_batch_size=4)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert sorted(batch["token_pair_weights"].tolist()) == [0, 1, 2.5, 4]
+    trainer.train()
+    (logged,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    # At the reference, each pair's loss is log 2.
+    assert logged["weights/pairs"] == 7.5 / 4 and logged["loss"] == pytest.approx(7.5 / 4 * math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("column", ["weight", "chosen_weights"])
+def test_rows_of_a_stream_have_the_columns_of_its_first(tmp_path, tokenizer, column):
+    rows = weighted_pairs()
+    rest = [{key: value for key, value in row.items() if key != column} for row in rows]
+    for given in ([*rows[:2], *rest[2:]], [*rest[:2], *rows[2:]]):
+        stream = IterableDataset.from_generator(lambda given=given: iter(given))
+        with pytest.raises(RecordError, match=rf"train data set, row 2 \(id 'p2'\): {column} "):
+            make(tmp_path, tokenizer, stream, (tiny_llama(), tiny_llama()), max_steps=1).train()
+
+
+def test_a_collator_that_leaves_columns_out_is_refused(tmp_path, tokenizer):
+    class Forgetful(TokenPreferenceCollator):
+        def torch_call(self, examples):
+            return DataCollatorForPreference.torch_call(self, examples)
+
+    models = tiny_llama(), tiny_llama()
+    columns = ("weights", "ref_logps")
+    with pytest.raises(ConfigError, match="leaves chosen_weights, rejected_weights, weight out of the batch"):
+        make(tmp_path, tokenizer, weighted_pairs(), models, data_collator=Forgetful(0, columns=columns))
+    with pytest.raises(ConfigError, match="leaves chosen_weights, rejected_weights out of the batch"):
+        make(tmp_path, tokenizer, weighted_pairs(), models, data_collator=TokenPreferenceCollator(0))
+    make(tmp_path, tokenizer, weighted_pairs(), models, data_collator=TokenPreferenceCollator(0, columns=columns))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_stages_keep_weights_and_trainings_read_them(tmp_path, model_dir, tokenizer, ending):
+    source, tokenized, scored = (tmp_path / f"{name}.{ending}" for name in ("text", "tokenized", "scored"))
+    write_records(source, [row | {"rejected": row["chosen"] if i == 1 else " no"} for i, row in enumerate(TEXT)])
+    assert tokenize_pairs(str(source), tokenizer, tokenized)["equal"] == 1
+    score_reference(tiny_llama(), RecordFile(tokenized, "pair"), scored, pad_token_id=0)
+    assert [row["weight"] for row in read_records(scored, "pair")] == [1, 0, 4]
+    args = {"max_steps": 1, "per_device_train_batch_size": 3, "logging_steps": 1, "check_reference": False}
+    train = partial(
+        train_preference, "dpo", {"path": model_dir}, args=args, lora={"r": 2, "target_modules": ["q_proj"]}
+    )
+    train(RecordFile(scored), tmp_path / "out")
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["log_history"][0]["weights/pairs"] == pytest.approx(5 / 3)
+    assert state["log_history"][0]["loss"] == pytest.approx(5 / 3 * math.log(2), rel=1e-2)
+    # Other weights are another training; a column that only some rows have is an error, whichever these are.
+    assert train([row | {"weight": 1} for row in read_records(scored)], tmp_path / "out") != {}
+    for bare in (0, 2):
+        rows = read_records(scored)
+        del rows[bare]["weight"]
+        with pytest.raises(RecordError, match=rf"train data set, row {bare} .*: weight = None must be"):
+            train(rows, tmp_path / f"out-{bare}")
+
+
+@pytest.mark.parametrize("value", [*BAD, 10**400], ids=lambda value: str(value)[:20])
+def test_records_name_a_bad_weight(tmp_path, tokenizer, value):
+    rows = weighted_pairs(weights=[2, 0, 1.5])
+    check_records(rows, "pair")
+    rows[1]["weight"] = value
+    with pytest.raises(RecordError, match=r"it, row 1 \(id 'p1'\): weight = .* must be a finite number of 0 or more"):
+        check_records(rows, "pair", source="it")
+    if isinstance(value, float) and not math.isfinite(value):
+        return  # JSON lacks it
+    del rows[0]["weight"]
+    with pytest.raises(RecordError, match="row 1"):
+        check_records([rows[0], weighted_pairs()[1]], "pair")
+    write_records(tmp_path / "a.jsonl", [TEXT[0], TEXT[1] | {"weight": value}])
+    with pytest.raises(RecordError, match="a.jsonl, row 1: weight = "):
+        tokenize_pairs(str(tmp_path / "a.jsonl"), tokenizer, tmp_path / "b.jsonl")
+
+
+def test_a_csv_file_has_no_numbers(tmp_path, tokenizer):
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected,weight\nQ,a,b,0.5\n")
+    with pytest.raises(
+        RecordError, match="row 0: weight = '0.5' must be .* as a number, which a CSV file does not have"
+    ):
+        tokenize_pairs(str(tmp_path / "a.csv"), tokenizer, tmp_path / "b.jsonl")

@@ -93,15 +93,18 @@ def prepare_preference_dataset(
     def check(row: dict[str, Any], index: int) -> None:
         check_pair_ids(row, index, vocabulary)
         for column in required:
-            if row[column] is None:
+            if row.get(column) is None:
                 raise MissingColumnError(
                     f"{name} data set, {row_name(row, index)}: {column} is empty; score the row or remove it"
                 )
         for side in SIDES:
             for column in columns:
-                if f"{side}_{column}" in names and row[f"{side}_{column}"] is None:
+                if (row.get(f"{side}_{column}") is None) == (
+                    f"{side}_{column}" in names
+                ):  # rows of a stream may differ
+                    empty = "empty, other rows have it" if f"{side}_{column}" in names else "not in the first row"
                     raise RecordError(
-                        f"{name} data set, {row_name(row, index)}: {side}_{column} is empty, other rows have it; fill or remove it"
+                        f"{name} data set, {row_name(row, index)}: {side}_{column} is {empty}; fill or remove it"
                     )
         check_token_columns(row, f"{name} data set, {row_name(row, index)}", columns)
         check_pair_weight(row, f"{name} data set, {row_name(row, index)}", PAIR_WEIGHT in names)

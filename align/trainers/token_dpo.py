@@ -204,6 +204,9 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
     `rejected_ref_logps` (nats), one number per id, EOS included. Without reference columns the reference is computed
     token by token: by switching the adapter off, or with TRL's `ref_model` in full fine-tuning.
 
+    A column `weight`, one finite number of 0 or more per pair, scales the pair's loss: (1/B) Σ_i weight_i f_i, B being the
+    number of pairs in the batch. A pair of weight 0 adds exactly 0. All 1 equals no column, bit for bit.
+
     Args:
         See [`~trl.DPOTrainer`].
 
@@ -464,6 +467,9 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
 
     def _finish_loss(self, loss, logratios: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor):
         """Last word on TRL's loss. Here: takes the weights out of the term `sft`, which is a likelihood, no log-ratio.
+
+        It is called for all pairs of a batch and, where pairs have weights, for the pairs of each weight: what it adds must be
+        a mean over pairs.
 
         Args:
             loss: TRL's, of the weighted log-ratios.
