@@ -111,6 +111,7 @@ def valid_rows(draw, kind: str) -> list[dict]:
         "trace": [4, 1, 2, 4],
     }  # a pair needs several, an export one
     draws = draw(st.sampled_from(drawn.get(kind, [1])))
+    weighted = kind in ("pair", "preference") and draw(st.booleans())
     for number in range(draw(st.integers(draws, 4 if draws == 1 else 8))):
         row = {"id": f"p{number // draws}", "prompt": draw(prompts)}
         if kind in ("problem", "solved", "demonstration"):
@@ -136,6 +137,7 @@ def valid_rows(draw, kind: str) -> list[dict]:
             row |= {"from_teacher": [p > 0.5 for p in row["student_probs"]], "student_share": draw(st.floats(0, 1))}
         if kind in ("pair", "preference"):
             row |= {"chosen": draw(words), "rejected": draw(words)}
+            row |= {"weight": draw(st.one_of(st.integers(0, 3), st.floats(0, 1e30)))} if weighted else {}
         if kind == "pair":
             row |= {"prompt_ids": draw(token_ids), "chosen_ids": draw(token_ids), "rejected_ids": draw(token_ids)}
             row |= {"answer": draw(answers)}
@@ -157,6 +159,7 @@ COLUMNS = sorted(
     | set(READ_COLUMNS)
     | {"solution", "tools", "chat_template_kwargs", "first_error", "student_share", "from_teacher", "student_probs"}
     | {
+        "weight",
         "teacher_probs",
         "rule",
         "dataset",
