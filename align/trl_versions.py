@@ -20,8 +20,8 @@ import torch
 import trl
 from packaging.version import Version
 from transformers.utils import ModelOutput
-from trl.trainer import utils
 
+from . import __version__
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 #: The oldest and the newest minor version that the trainers' tests pass on: `make test-versions`.
 OLDEST, NEWEST = "1.14", "1.16"
-#: What pip installs of them.
-TESTED = f"trl>={OLDEST},<{Version(NEWEST).major}.{Version(NEWEST).minor + 1}"
 
 #: A label that nothing is computed of.
 _IGNORED = -100
@@ -44,6 +42,36 @@ def installed() -> Version:
 def is_tested() -> bool:
     """Whether the trainers' tests pass on the installed TRL. Patch releases count as their minor version."""
     return Version(OLDEST).release <= installed().release[:2] <= Version(NEWEST).release
+
+
+def refusal(found: str, without: str = "") -> str:
+    """The text of an error.
+
+    Args:
+        found: what does not work.
+        without: what pip should leave out besides.
+    """
+    newest = Version(NEWEST)
+    requirement = f"trl>={OLDEST},<{newest.major}.{newest.minor + 1}{without}"
+    return (
+        f"TRL = {installed()} must be {OLDEST} to {NEWEST} for align {__version__}: {found}; install a tested version: "
+        f'pip install "{requirement}"'
+    )
+
+
+# TRL's trainers are made of these, which it may move or rename at any time.
+try:
+    from trl.models import prepare_deepspeed
+    from trl.trainer import utils
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+    from trl.trainer.utils import get_config_model_id, global_then_local_main_first, selective_log_softmax_and_entropy
+except ImportError as error:
+    raise ConfigError(refusal(f"{error}")) from error
+
+__all__ = [
+    "NEWEST", "OLDEST", "DPOTrainer", "DataCollatorForPreference", "FusedCausalLMOutput", "add_missing_heads", "check_settings",
+    "get_config_model_id", "global_then_local_main_first", "installed", "is_tested", "prepare_deepspeed", "refusal",
+]  # fmt: skip
 
 
 def check_settings(args: Any) -> None:
@@ -60,8 +88,7 @@ def check_settings(args: Any) -> None:
         )
     if version.release[:2] == (1, 15) and not _runs_triton(args.device.type):
         raise ConfigError(
-            f"TRL {version} computes losses with Triton, which does not run on {args.device.type}; "
-            f'install another version: pip install "{TESTED},!=1.15.*"'
+            refusal(f"it computes losses with Triton, which does not run on {args.device.type}", ",!=1.15.*")
         )
 
 
@@ -94,7 +121,7 @@ def _from_logits(outputs: Any, labels: torch.Tensor) -> _TokenOutput:
         logits = logits.float()  # because accelerate does so with all that a prepared model returns
     mask = labels != _IGNORED
     targets = labels.masked_fill(~mask, 0)
-    logps, entropy = utils.selective_log_softmax_and_entropy(
+    logps, entropy = selective_log_softmax_and_entropy(
         logits, targets, entropy_requires_grad=False, row_mask=mask.long()
     )
     with torch.no_grad():
@@ -152,7 +179,9 @@ class _DPOTrainerOfLogits(trl.DPOTrainer):
         if not return_outputs:
             return loss
         with torch.no_grad():  # somebody wants logits
-            return loss, model(**{name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")})
+            return loss, model(
+                **{name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+            )
 
     def _log_logits(self, mask: torch.Tensor) -> None:
         """Logs the metrics that TRL's chunked path leaves out."""

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
-from trl.models import prepare_deepspeed
 
 from ..progress import progress
 from ..tokens import shift_to_labels, truncate
-from ..trl_versions import DPOTrainer, FusedCausalLMOutput, add_missing_heads
+from ..trl_versions import DPOTrainer, FusedCausalLMOutput, add_missing_heads, prepare_deepspeed
 from .loading import disable_functional_dropout, name_bias
 from .preference_data import SIDES, has_reference, pad_columns
 from .reference_cache import ReferenceCache, default_folder, row_key, weights_key
