@@ -46,6 +46,9 @@ SETTINGS = {
     "per_device_train_batch_size": 2,
 }  # fmt: skip
 
+#: What a launch sets that small trainers keep. Its sharding and precision are not theirs.
+DEVICE = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE")
+
 _checking = False
 
 
@@ -93,7 +96,11 @@ def _aside() -> Iterator[None]:
     numbers need no care, because a trainer seeds them itself."""
     global _checking
     states = [(each, dict(each._shared_state)) for each in (PartialState, AcceleratorState, GradientState)]
-    sharded = {name: os.environ.pop(name, None) for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")}
+    launch = {
+        name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_") and name not in DEVICE
+    }
+    for name in launch:
+        del os.environ[name]
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     _checking = True
@@ -103,7 +110,7 @@ def _aside() -> Iterator[None]:
         _checking = False
         if not bars:
             datasets.enable_progress_bars()
-        os.environ.update({name: value for name, value in sharded.items() if value is not None})
+        os.environ.update(launch)
         for each, values in states:
             each._shared_state.clear()
             each._shared_state.update(values)
