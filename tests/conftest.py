@@ -123,8 +123,9 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the tests of each file that names a trainer: `make test-versions` runs these, a new file of them too."""
-    names = re.compile(r"Trainer\b|train_sft|train_preference")
+    """Marks the tests of each file that names a trainer or launches one: `make test-versions` runs these, a new file of them
+    too."""
+    names = re.compile(r"Trainer\b|train_sft|train_preference|recipes/accelerate")
     found = {path: names.search(path.read_text(encoding="utf-8")) for path in {item.path for item in items}}
     for item in items:
         if found[item.path]:
