@@ -31,12 +31,12 @@ test-trl-%: .venv-trl-%/installed
 	$(BIN)/python -m pip install --quiet -e '.[dev,qlora]'
 	touch $@
 
-# The oldest TRL gets the oldest transformers.
+# The oldest TRL is its first release and gets the oldest transformers; of others, the newest patch release is installed.
 .PRECIOUS: .venv-trl-%/installed
 .venv-trl-%/installed: pyproject.toml
 	test -x .venv-trl-$*/bin/python || $(PYTHON) -m venv .venv-trl-$*
 	.venv-trl-$*/bin/python -m pip install --quiet $(TORCH)
-	.venv-trl-$*/bin/python -m pip install --quiet -e '.[dev,qlora]' 'trl==$*.*' $(if $(filter 1.14,$*),'transformers==5.16.*')
+	.venv-trl-$*/bin/python -m pip install --quiet -e '.[dev,qlora]' 'trl==$*$(if $(filter 1.14,$*),.0' 'transformers==5.16.*',.*')
 	touch $@
 
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import numpy
 import torch
 from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -92,8 +94,7 @@ def _refused(found: str) -> str:
 
 @contextmanager
 def _aside() -> Iterator[None]:
-    """Keeps what small trainers change from the one that is being made: accelerate's state and the launch's settings. Random
-    numbers need no care, because a trainer seeds them itself."""
+    """Puts back what small trainers change: accelerate's state, random numbers, and the launch's settings."""
     global _checking
     states = [(each, dict(each._shared_state)) for each in (PartialState, AcceleratorState, GradientState)]
     launch = {
@@ -103,11 +104,16 @@ def _aside() -> Iterator[None]:
         del os.environ[name]
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
+    numbers = random.getstate(), numpy.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     _checking = True
     try:
-        yield
+        with torch.random.fork_rng(devices):
+            yield
     finally:
         _checking = False
+        random.setstate(numbers[0])
+        numpy.random.set_state(numbers[1])
         if not bars:
             datasets.enable_progress_bars()
         os.environ.update(launch)
