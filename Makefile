@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 OUT ?= runs/tiny-arithmetic
 
-.PHONY: quickstart test test-slow clean
+.PHONY: quickstart test test-slow test-versions clean
 quickstart: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/cdpo.py \
 		--config recipes/configs/cdpo/tiny-arithmetic.yaml --output $(OUT)
@@ -18,6 +18,12 @@ test: .venv/installed
 test-slow: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
+# The trainers' tests with the oldest and the newest supported TRL. Any other: make test-trl-1.15
+test-versions: test-trl-1.14 test-trl-1.16
+
+test-trl-%: .venv-trl-%/installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-trl-$*/bin/python -m pytest -n 2 --dist loadfile -m "trainers and not slow and not gpu"
+
 # The stamp is written last: an interrupted installation is taken up again, not mistaken for a finished one.
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,5 +31,13 @@ test-slow: .venv/installed
 	$(BIN)/python -m pip install --quiet -e '.[dev,qlora]'
 	touch $@
 
+# The oldest TRL is its first release and gets the oldest transformers; of others, the newest patch release is installed.
+.PRECIOUS: .venv-trl-%/installed
+.venv-trl-%/installed: pyproject.toml
+	test -x .venv-trl-$*/bin/python || $(PYTHON) -m venv .venv-trl-$*
+	.venv-trl-$*/bin/python -m pip install --quiet $(TORCH)
+	.venv-trl-$*/bin/python -m pip install --quiet -e '.[dev,qlora]' 'trl==$*$(if $(filter 1.14,$*),.0' 'transformers==5.16.*',.*')
+	touch $@
+
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv .venv-trl-* runs build *.egg-info

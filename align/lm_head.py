@@ -131,7 +131,7 @@ def add_token_head(model: PreTrainedModel) -> None:
     ):
         if labelled is None:
             return own(*args, **kwargs)
-        from trl.trainer.utils import FusedCausalLMOutput
+        from .trl_versions import FusedCausalLMOutput
 
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, **kwargs).last_hidden_state.flatten(0, 1)[labelled]

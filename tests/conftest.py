@@ -1,6 +1,7 @@
 """Tiny models and tokenizers made on the spot: nothing is downloaded."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -119,3 +120,13 @@ def folder(tmp_path, model_dir):
 def own_cache(tmp_path, monkeypatch):
     """Nothing is taken from, or left in, the cache of whoever runs the tests."""
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests of each file that names a trainer or launches one: `make test-versions` runs these, a new file of them
+    too."""
+    names = re.compile(r"Trainer\b|train_sft|train_preference|recipes/accelerate")
+    found = {path: names.search(path.read_text(encoding="utf-8")) for path in {item.path for item in items}}
+    for item in items:
+        if found[item.path]:
+            item.add_marker("trainers")

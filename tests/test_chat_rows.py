@@ -14,7 +14,7 @@ import trl
 from conftest import byte_level_tokenizer, llama_tokenizer, tiny_llama
 from datasets import Dataset
 from transformers import GenerationConfig
-from trl import DPOConfig, DPOTrainer, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTTrainer, data_utils
 from typer.testing import CliRunner
 
 from align import BASHConfig, BASHTrainer, RACConfig, RACTrainer, TokenDPOConfig, TokenDPOTrainer
@@ -32,6 +32,11 @@ QUIET = {
     "bf16": False, "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 4, "preflight": False,
     "dataloader_pin_memory": False, "gradient_checkpointing": False, "disable_tqdm": True,
 }  # fmt: skip
+
+SINCE_1_15 = pytest.mark.skipif(
+    not hasattr(data_utils, "common_prefix_length"),
+    reason="TRL 1.14 cuts a conversation after as many tokens as the prompt has, even where the two differ, and so loses tokens",
+)
 
 HEAD = "{{ '<|start|>assistant\n' }}"
 OTHERS = "{% if m['role'] != 'assistant' %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>\n' }}{% else %}"
@@ -310,7 +315,8 @@ def test_both_sides_have_one_prompt_and_a_shortened_one_is_said_once(tmp_path):
         encode_completion(tokenizer, USER, "5", encode_prompt(tokenizer, USER), "row 4: solution")
 
 
-def test_ids_are_trls_under_the_option(tmp_path):
+@pytest.mark.parametrize("template", [pytest.param(R1, marks=SINCE_1_15), NEMOTRON, QWEN])
+def test_ids_are_trls_under_the_option(tmp_path, template):
     """TRL cuts prompts where they differ, and takes what the template renders."""
     rows = [
         {
@@ -319,17 +325,16 @@ def test_ids_are_trls_under_the_option(tmp_path):
             "rejected": [{"role": "assistant", "content": "5"}],
         }
     ]
-    for template in (R1, NEMOTRON, QWEN):
-        tokenizer = chat(template)
-        plain = {key: value for key, value in QUIET.items() if key != "preflight"}
-        theirs = DPOTrainer(
-            tiny_llama(vocab_size=len(tokenizer)), ref_model=tiny_llama(vocab_size=len(tokenizer)), args=DPOConfig(str(tmp_path), **plain),
-            train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-        ).train_dataset[0]  # fmt: skip
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ours = trainer(rows, tokenizer, tmp_path, trl_completions=True).train_dataset[0]
-        assert all(ours[key] == theirs[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")), template
+    tokenizer = chat(template)
+    plain = {key: value for key, value in QUIET.items() if key != "preflight"}
+    theirs = DPOTrainer(
+        tiny_llama(vocab_size=len(tokenizer)), ref_model=tiny_llama(vocab_size=len(tokenizer)), args=DPOConfig(str(tmp_path), **plain),
+        train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+    ).train_dataset[0]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = trainer(rows, tokenizer, tmp_path, trl_completions=True).train_dataset[0]
+    assert all(ours[key] == theirs[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
 
 
 def test_an_answer_that_a_template_leaves_out_is_an_error():

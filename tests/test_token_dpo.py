@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from align import CDPOConfig, CDPOTrainer, TokenDPOConfig, TokenDPOTrainer
+from align.trl_versions import FUSED_HEAD
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
 
@@ -177,12 +178,12 @@ def test_all_one_weights_equal_trl(tmp_path, model_dir, tokenizer, loss, lora, s
         trainer.train()
         logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
     assert len(logs[0]) == 3
+    other_sums = "sft" in loss["loss_type"] and not FUSED_HEAD  # TRL 1.14 has a cross-entropy of its own for `sft`
     for theirs, ours in zip(*logs, strict=True):
         for key in theirs.keys() - {"epoch", "step"}:
             # Sums in another order: float32 rounds log-ratios of some 60 nats elsewhere.
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-5 if share else 1e-6, abs=5e-6 if share else 1e-9), (
-                key
-            )
+            close = {"rel": 1e-5, "abs": 5e-6} if share or other_sums else {"rel": 1e-6, "abs": 1e-9}
+            assert ours[key] == pytest.approx(theirs[key], **close), key
     assert abs(logs[0][-1]["loss"] - logs[0][0]["loss"]) > 1e-4  # something was trained
 
 

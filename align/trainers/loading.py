@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from trl.trainer.utils import get_config_model_id
-
 from ..damage import whole_folders
 from ..errors import ConfigError
 from ..hub import check_source, source_of
 from ..models import base_model
+from ..trl_versions import get_config_model_id
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,6 @@ import numpy
 import pyarrow
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from trl.trainer.utils import global_then_local_main_first
 
 from ..errors import MissingColumnError, RecordError
 from ..prompts import check_used
@@ -23,6 +22,7 @@ from ..records import (
     row_name,
 )
 from ..tokens import CompletionRule, check_pair_ids, encode_pair, truncate_completion
+from ..trl_versions import global_then_local_main_first
 from .row_data import lengths_of, numbers_of, tables_of
 
 logger = get_logger(__name__)

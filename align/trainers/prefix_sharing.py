@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
-from trl.trainer.utils import FusedCausalLMOutput
 
 from ..lm_head import add_token_head, knows_head
 from ..logps import batches_by_length, configured_not_to_share, keep_pages
 from ..packing import IGNORED, PairLayout, group_pairs, lay_out_pairs, layout_slots, pair_slots, prompt_length
 from ..prefix_tree import additive
+from ..trl_versions import FusedCausalLMOutput
 from .loading import functional_dropout
 from .token_budget import FIELDS
 

@@ -12,6 +12,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ..rac import CorrectionSettings, draw_corrections, longest_correction, spli
 from ..records import Record, read_records, row_name, write_records
 from .longest import LongestBatch, collate, longest_rows, row_id
 from .sft import GuardedSFTConfig, GuardedSFTTrainer
+from .trl_check import check_trl, sft_difference
 from .whole_weights import whole_weights
 
 #: In a checkpoint's folder: contexts that are drawn and not yet trained on.
@@ -155,6 +157,10 @@ class SelfGeneratedTrainer(GuardedSFTTrainer):
         self._records: list[Record] = []  # their contexts, those of all processes
         self._stored: list[Record] = []  # of the checkpoint
         self._done: Callable[[int], Any] = lambda count: None  # moves the bar of a window that is drawn
+
+    @staticmethod
+    def check_seam(args: SelfGeneratedConfig) -> None:
+        check_trl(args, partial(sft_difference, BASHTrainer, epsilon=0.0))
 
     @abstractmethod
     def draw(self, places: Sequence[Place]) -> list[Record]:

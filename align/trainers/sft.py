@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, Json, List
 from transformers import AutoProcessor
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.utils import global_then_local_main_first
 
 from ..checks import fit_fields
 from ..damage import whole_folders
@@ -29,6 +29,7 @@ from ..prompts import (
 from ..records import row_name
 from ..safety import no_pickles
 from ..tokens import CompletionRule, encode_row
+from ..trl_versions import global_then_local_main_first
 from .adapters import check_layers, checked_layers
 from .loading import name_bias, name_of_tokenizer, source_of_trainer, whole_source, with_revision
 from .longest import LongestBatch, collate, longest_rows, row_id
@@ -37,6 +38,7 @@ from .preflight import Preflight
 from .row_checks import check_not_empty, check_sft_ids, check_sft_rows, data_sets
 from .sharding import check_offloaded, check_sharding
 from .trackers import check_trackers
+from .trl_check import check_trl, sft_difference
 
 logger = get_logger(__name__)
 
@@ -82,6 +84,7 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
             raise ConfigError(
                 f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(args).__name__}"
             )
+        self.check_seam(args)
         check_group(args.world_size)
         self._checkpoint, self._rule = getattr(model, "generation_config", model), None
         for name, dataset in data_sets(train_dataset, eval_dataset):
@@ -109,6 +112,11 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
         for name, dataset in data_sets(self.train_dataset, self.eval_dataset):
             check_sft_ids(self.model, dataset, name)
         check_sharding(self)
+
+    @staticmethod
+    def check_seam(args: GuardedSFTConfig) -> None:
+        """Checks that the installed TRL is one that this trainer works with."""
+        check_trl(args, partial(sft_difference, GuardedSFTTrainer))
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         check_not_empty(dataset, dataset_name)

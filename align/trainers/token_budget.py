@@ -12,13 +12,12 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import RandomSampler, Sampler
 from transformers import Trainer
-from trl import DPOTrainer
-from trl.trainer.utils import FusedCausalLMOutput
 
 from ..errors import ConfigError
 from ..logps import length_dependent
 from ..packing import IGNORED
 from ..tokens import truncate
+from ..trl_versions import DPOTrainer, FusedCausalLMOutput
 from .row_data import tables_of
 
 #: Per-token fields of a model's outputs that TRL's loss and metrics read.

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from trl import DPOConfig
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from ..checks import fit_fields
 from ..damage import whole_folders
@@ -23,6 +22,7 @@ from ..processes import check_group
 from ..records import PAIR_WEIGHT
 from ..safety import no_pickles
 from ..tokens import CompletionRule, label_values, pad_rows, shift_to_labels, truncate
+from ..trl_versions import DataCollatorForPreference
 from .adapters import check_layers, checked_layers
 from .loading import config_of, model_name, name_of_tokenizer, source_of_trainer, whole_source, with_revision
 from .longest import LongestBatch, longest_pairs
@@ -37,6 +37,7 @@ from .sharding import check_offloaded, check_sharding, launched_with_fsdp
 from .token_budget import FIELDS, FusedCausalLMOutput, Part, TokenBudget, metrics_aside, take
 from .token_reference import PREFIX, TokenReference
 from .trackers import check_trackers
+from .trl_check import check_trl, dpo_difference
 from .weight_check import ConstantWeights
 
 #: TRL's loss types and divergences, which it looks up within the first step.
@@ -230,6 +231,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
             raise ConfigError(
                 f"args is a {type(args).__name__}; {type(self).__name__} needs {self.config_class.__name__}"
             )
+        check_trl(args, partial(dpo_difference, TokenDPOTrainer))
         check_group(args.world_size)
         for dataset_name, dataset in data_sets(train_dataset, eval_dataset):
             check_not_empty(dataset, dataset_name)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
-from trl import DPOTrainer
-from trl.models import prepare_deepspeed
 
 from ..progress import progress
 from ..tokens import shift_to_labels, truncate
+from ..trl_versions import DPOTrainer, FusedCausalLMOutput, add_missing_heads, prepare_deepspeed
 from .loading import disable_functional_dropout, name_bias
 from .preference_data import SIDES, has_reference, pad_columns
 from .reference_cache import ReferenceCache, default_folder, row_key, weights_key
@@ -66,6 +64,7 @@ class TokenReference(DPOTrainer):
     def _complete_model(self) -> None:
         """Does what TRL leaves out, before the first pass: within TRL's constructor, where that precomputes."""
         name_bias(self.model)
+        add_missing_heads(*map(self.accelerator.unwrap_model, filter(None, (self.model, self.ref_model))))
         if self.args.disable_dropout:
             for model in filter(None, (self.model, self.ref_model)):
                 disable_functional_dropout(model)
@@ -123,7 +122,7 @@ class TokenReference(DPOTrainer):
         """
         stored = [inputs[f"{PREFIX}{side}_ref_logps"] for side in SIDES if f"{PREFIX}{side}_ref_logps" in inputs]
         inputs = {key: value for key, value in inputs.items() if not key.startswith(PREFIX)}
-        captured = SimpleNamespace(log_probs=None)
+        captured = FusedCausalLMOutput()
         reference = reference or self.ref_model or self.model
 
         def score(**kwargs):
