@@ -117,24 +117,43 @@ def _on_cpu(head: torch.nn.Linear) -> bool:
     return head.weight.device.type == "cpu" and head.weight.dtype in (torch.float32, torch.bfloat16)
 
 
+def select_labelled(model: PreTrainedModel) -> None:
+    """Lets the backbone of a causal LM, its `base_model`, hand its head the labelled positions alone.
+
+    `labelled` (U,) are flat indices into the batch's positions: hidden states come out as (1, U, H). `seen` is the mask of
+    attention where `attention_mask` is one that a router's loss reads. All other calls are the backbone's own.
+    """
+    own = model.base_model.forward
+
+    @functools.wraps(type(model.base_model).forward)
+    def forward(self, *args: Any, labelled: torch.Tensor | None = None, seen: Any = None, **kwargs: Any):
+        if seen is not None:
+            kwargs["attention_mask"] = seen
+        outputs = own(*args, **kwargs)
+        if labelled is not None:
+            outputs.last_hidden_state = outputs.last_hidden_state.flatten(0, 1)[labelled].unsqueeze(0)
+        return outputs
+
+    model.base_model.forward = types.MethodType(forward, model.base_model)
+
+
 def add_token_head(model: PreTrainedModel) -> None:
     """Lets `model(..., labelled=positions, targets=tokens)` score these positions alone.
 
     `labelled` (U,) are flat indices into the batch's positions, `targets` (U,) the tokens that they predict. All other calls
-    are the model's own. To be called on a model that TRL gave its fused head, before PEFT, DDP or FSDP wrap it.
+    are the model's own. To be called after `select_labelled`, on a model that TRL gave its fused head, before PEFT, DDP or FSDP
+    wrap it.
     """
     own = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against it
-    def forward(
-        self, *args: Any, labelled: torch.Tensor | None = None, targets: torch.Tensor | None = None, **kwargs: Any
-    ):
-        if labelled is None:
+    def forward(self, *args: Any, targets: torch.Tensor | None = None, **kwargs: Any):
+        if targets is None:
             return own(*args, **kwargs)
         from trl.trainer.utils import FusedCausalLMOutput
 
         kwargs["use_cache"] = False
-        hidden = self.base_model(*args, **kwargs).last_hidden_state.flatten(0, 1)[labelled]
+        hidden = self.base_model(*args, **kwargs).last_hidden_state[0]
         head = self.get_output_embeddings()
         logps, entropy, means, top1 = TokenLogProbs.apply(hidden, head.weight, head.bias, targets)
         return FusedCausalLMOutput(log_probs=logps, entropy=entropy, mean_logits=means, is_top1=top1)

@@ -21,7 +21,7 @@ from transformers import (
 )  # fmt: skip
 
 from align import TokenDPOConfig, TokenDPOTrainer
-from align.trainers.prefix_sharing import why_not
+from align.logps import configured_not_to_share
 
 SIZES = {
     "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -186,7 +186,7 @@ def test_settings_that_rows_must_not_share_are_named(tmp_path, tokenizer, caplog
     with caplog.at_level("WARNING"):
         model = tiny_llama()
         model.config._attn_implementation = "flash_attention_2"
-        assert "'flash_attention_2' takes no mask of ours" in why_not(model, model)
+        assert "'flash_attention_2' takes no mask of ours" in configured_not_to_share(model)
 
 
 def test_a_model_that_breaks_on_our_mask_trains_in_rows(tmp_path, tokenizer, caplog):
