@@ -285,12 +285,23 @@ def test_experts_that_draw_random_numbers_are_named(tmp_path, tokenizer, caplog)
         )
     )
     with caplog.at_level("WARNING"):
-        state = torch.get_rng_state()
-        trainer = trainer_of(tmp_path, tokenizer, model, router_aux_loss_coef=0.0)
-        assert not trainer._layout.shares
+        assert not trainer_of(tmp_path, tokenizer, model, router_aux_loss_coef=0.0)._layout.shares
     (message,) = prefix_warnings(caplog)
     assert "PhimoeForCausalLM draws random numbers in training" in message
-    assert state.shape == torch.get_rng_state().shape
+    with caplog.at_level("WARNING"):
+        assert not trainer_of(tmp_path, tokenizer, tiny("mixtral", router_jitter_noise=0.1))._layout.shares
+    assert "MixtralForCausalLM draws random numbers in training" in prefix_warnings(caplog)[1]
+
+
+def test_the_trial_leaves_random_numbers_as_they_were(tmp_path, tokenizer):
+    """Sharing or not, a training draws the same numbers afterwards."""
+    states = []
+    for share in (True, False):
+        model = tiny("mixtral", router_jitter_noise=0.1)
+        torch.manual_seed(7)
+        trainer_of(tmp_path, tokenizer, model, prefix_sharing=share)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
 
 
 @pytest.mark.parametrize("coefficient", [0.0, None])
@@ -340,6 +351,7 @@ def test_the_router_loss_of_evaluation(tmp_path, tokenizer):
 
 def test_passes_of_a_budget_add_up(tmp_path, tokenizer):
     """Windows and experts, without the router's loss, which takes all of a batch."""
+    widths = []
     for name in ("gemma3", "gpt-oss"):
         results = []
         for budget in (None, 90):
@@ -347,7 +359,8 @@ def test_passes_of_a_budget_add_up(tmp_path, tokenizer):
                 tmp_path, tokenizer, TokenDPOTrainer, moved(tiny(name)), tiny(name), long_pairs(), max_tokens_per_batch=budget,
                 router_aux_loss_coef=0.0 if name in ROUTED else None,
             )  # fmt: skip
-            trainer.current_gradient_accumulation_steps, widths = 1, []
+            trainer.current_gradient_accumulation_steps = 1
+            widths.clear()
             trainer.model.get_input_embeddings().register_forward_hook(
                 lambda m, args, out: widths.append(args[0].numel())
             )

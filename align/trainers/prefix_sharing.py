@@ -226,8 +226,9 @@ def differs(
     try:
         with torch.no_grad(), autocast, short_windows(sharing.base), torch.random.fork_rng(devices):
             exact = sharing.base.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(kind)
-            model.train()
-            again = [model(**batch).log_probs for _ in range(2)]
+            before = _random_state(ids.device)
+            model.train()(**batch)
+            drawn = not torch.equal(before, _random_state(ids.device))
             model.eval()
             plain, shared = model(**batch, **router), sharing.probe(model, FAITHFUL, **batch, **router)
             wrong = [sharing.probe(model, how, **batch).log_probs for how in mistakes]
@@ -237,12 +238,12 @@ def differs(
         return f"{name} fails on the layout's mask ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     finally:
         model.train(training)
+    if drawn:
+        return f"{name} draws random numbers in training, and both sides of a pair would share a prompt's"
     # In bfloat16 rounding alone makes tenths of a nat. What a model makes of a wrong mask says how much is too much.
     apart = _largest if exact else _mean
     mistake = min(apart(plain.log_probs, found) for found in wrong)
     limit = min(1e-3, mistake / 20) if exact else min(0.3, mistake / 4)
-    if (error := apart(*again)) > limit:
-        return f"{name} draws random numbers in training (log-probabilities differ by {error:.2g}), and both sides of a pair would share a prompt's"
     if (error := apart(plain.log_probs, shared.log_probs)) > limit:
         return f"{name} gives other log-probabilities in the shared layout (by {error:.2g})"
     if routed and (error := _largest(plain.aux_loss, shared.aux_loss)) > (1e-4 if exact else 0.05) * plain.aux_loss:
@@ -250,6 +251,10 @@ def differs(
             f"{name} gives another router loss in the shared layout (by {error:.2g}); router_aux_loss_coef=0 is without"
         )
     return None
+
+
+def _random_state(device: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
