@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING
 
-from .logps import head_on, shares_prefixes
+from .logps import head_on, shares_prefixes, windowed
 from .losses import CHUNK
 from .models import base_model, cache_name
 from .positions import position_limit
@@ -87,7 +87,7 @@ class Continuations:
         import torch
 
         self.model, self.tokenizer, self.rows, self.config, self.seed = model, tokenizer, list(rows), config, seed
-        self.share = shares_prefixes(model) if share is None else share
+        self.share = (not windowed(model) and shares_prefixes(model)) if share is None else share
         #: Continuations of each row that the longest length cut.
         self.cut = [0] * len(self.rows)
         #: Tokens that the model was fed: rows as given, and continuations; padding is not counted.

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .cuda_graphs import Graphs
 from .errors import ConfigError
-from .logps import configured_not_to_share, head_on, shares_prefixes
+from .logps import configured_not_to_share, head_on, shares_prefixes, windowed
 from .models import active_adapter, base_model, cache_name
 from .positions import position_limit
 from .prefix_tree import additive
@@ -55,9 +55,11 @@ class Policy:
                 f"the {role} is said to know token {strange[0][0]} as {strange[0][1]}, but has {self.vocabulary} ids; "
                 "resize its embeddings, or never draw that token"
             )
-        if shares_prefixes(self.model) is False:
+        window = windowed(self.model)
+        if window or shares_prefixes(self.model) is False:
             reason = (
                 configured_not_to_share(self.model)
+                or window
                 or "it does not compute by the mask and the positions that it is given"
             )
             raise ConfigError(f"the {role} cannot be decoded row by row: {reason}; take a model of full attention")

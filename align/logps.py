@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
-from .models import active_adapter, folded_adapter
-from .prefix_tree import PrefixTree, Row, additive, ancestor_mask, grow_trees
+from .models import active_adapter, base_model, folded_adapter
+from .prefix_tree import PrefixTree, Row, additive, ancestor_mask, grow_trees, within
 from .tokens import pad_rows
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Batch:
     """Trees of a forward pass; B trees, padded to W nodes, with N completion tokens in all.
 
     Args:
-        inputs: `input_ids` (B, W), `attention_mask` (B, W) or (B, 1, W, W), and `position_ids` (B, W) where trees branch.
+        inputs: `input_ids` (B, W), `attention_mask` (B, W) or of `masks_of_layers`, and `position_ids` (B, W) where trees branch.
         predicting: (B, W) bool, U nodes that predict a completion token.
         positions: (N,) which of the U nodes predicts each token; where completions part, one node predicts several.
         token_ids: (N,) the tokens, row after row.
@@ -68,22 +68,24 @@ def lay_out(
     trees: Sequence[tuple[PrefixTree, list[int]]],
     rows: Sequence[Row],
     pad_token_id: int,
-    device: torch.device,
-    dtype: torch.dtype,
+    model: PreTrainedModel,
 ) -> Batch:
-    """One batch of trees over `rows`, on `device`; `dtype` is the model's."""
+    """One batch of trees over `rows`, where `model` takes it."""
     import torch
 
     grown = [tree for tree, _ in trees]
     members = [index for _, of_tree in trees for index in of_tree]
     input_ids = pad_rows([tree.ids for tree in grown], pad_token_id)
-    width = input_ids.shape[1]
+    width, device = input_ids.shape[1], model.get_input_embeddings().weight.device
     if all(tree.is_chain for tree in grown):  # plain sequences: causal attention needs no mask of ours
-        inputs = {"attention_mask": pad_rows([[1] * len(tree) for tree in grown], 0)}
+        inputs = {"attention_mask": pad_rows([[1] * len(tree) for tree in grown], 0).to(device)}
     else:
+        ancestors, depths = ancestor_mask(grown, width), pad_rows([tree.depths for tree in grown], 0)
         inputs = {
-            "position_ids": pad_rows([tree.depths for tree in grown], 0),
-            "attention_mask": additive(ancestor_mask(grown, width), dtype),
+            "position_ids": depths.to(device),
+            "attention_mask": masks_of_layers(
+                model.config, lambda window: additive(within(ancestors, depths, window), model.dtype).to(device)
+            ),
         }
     nodes = [b * width + node for b, tree in enumerate(grown) for path in tree.predictors for node in path]
     predicting, positions = torch.tensor(nodes).unique(return_inverse=True)
@@ -91,13 +93,15 @@ def lay_out(
     is_predicting.view(-1)[predicting] = True
     token_ids = torch.tensor([token for index in members for token in rows[index][1]])
     return Batch(
-        {"input_ids": input_ids.to(device), **{name: value.to(device) for name, value in inputs.items()}},
-        is_predicting.to(device), positions.to(device), token_ids.to(device), members,
+        {"input_ids": input_ids.to(device), **inputs}, is_predicting.to(device), positions.to(device), token_ids.to(device), members,
         [len(rows[index][1]) for index in members],
     )  # fmt: skip
 
 
-#: Other names under which configurations keep attention that does not depend on ancestors alone.
+#: What transformers calls layers that attend to all positions before, and to the last `sliding_window` of them.
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+#: Names under which configurations keep attention of other kinds, which depends on more than ancestors and their distance.
 WINDOWS = ("attention_types", "window_size", "attention_window_size", "attention_chunk_size", "alibi")
 
 
@@ -140,21 +144,66 @@ def length_dependent(config: PretrainedConfig) -> str | None:
     return None
 
 
+def windows(config: PretrainedConfig) -> dict[str, int | None]:
+    """Per kind of layers of a model, how many positions its attention reaches back, its own among them; `None` is all."""
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None) or [FULL if window is None else SLIDING]
+    return {kind: window if kind == SLIDING else None for kind in kinds}
+
+
+def masks_of_layers(config: PretrainedConfig, make: Callable[[int | None], Any]) -> Any:
+    """What a model takes as `attention_mask`: one mask, or one for each kind of its layers.
+
+    Args:
+        make: from a window, see `windows`, to a mask.
+    """
+    masks = {kind: make(window) for kind, window in windows(config).items()}
+    return masks if len(masks) > 1 else masks.popitem()[1]
+
+
+@contextmanager
+def short_windows(model: PreTrainedModel, window: int = 3):
+    """Makes sliding windows `window` positions long within the block, so that a short row reaches beyond them.
+
+    Changes what modules and their configurations keep, because which of the two a forward pass reads is nowhere declared.
+    """
+    known = [model.config.get_text_config(), *model.modules()]
+    holders = {id(one): one for part in known for one in (part, getattr(part, "config", None))}
+    kept = [(holder, own) for holder in holders.values() if type(own := getattr(holder, "sliding_window", None)) is int]
+    for holder, own in kept:
+        holder.sliding_window = min(own, window)
+    try:
+        yield
+    finally:
+        for holder, own in kept:
+            holder.sliding_window = own
+
+
+def windowed(model: PreTrainedModel) -> str | None:
+    """Why keys and values of early positions are not all there for late ones; `None` if they are."""
+    reach = min((window for window in windows(model.config).values() if window is not None), default=None)
+    return (
+        None
+        if reach is None
+        else f"{type(base_model(model)).__name__} has sliding-window attention (sliding_window = {reach})"
+    )
+
+
 def configured_not_to_share(model: PreTrainedModel, implementations: Sequence[str] = ("sdpa", "eager")) -> str | None:
     """Why a model cannot compute what rows share once, as far as its configuration tells; `None` where nothing speaks
-    against it: attention over all positions in all layers, that takes a mask of ours.
+    against it: attention over all positions before, or the last of them, that takes a mask of ours.
 
     Args:
         implementations: kinds of attention that do.
     """
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    config = base.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
+    base = base_model(model)
+    config, kinds = base.config.get_text_config(), windows(base.config)
     name = type(base).__name__
-    if kinds is None and getattr(config, "sliding_window", None) is not None:
-        return f"{name} has sliding-window attention (sliding_window = {config.sliding_window})"
-    if kinds is not None and set(kinds) != {"full_attention"}:
-        return f"{name} has layers of kind {', '.join(sorted(set(kinds) - {'full_attention'}))}"
+    if others := set(kinds) - {FULL, SLIDING}:
+        return f"{name} has layers of kind {', '.join(sorted(others))}"
+    if SLIDING in kinds and kinds[SLIDING] is None:
+        return f"{name} has layers of kind {SLIDING}, and no window (sliding_window)"
     for window in WINDOWS:
         if getattr(config, window, None):
             return f"{name} has attention that depends on distances ({window})"
@@ -175,10 +224,10 @@ def shares_prefixes(model: PreTrainedModel) -> bool | None:
     """Whether a model computes the same for a prefix tree as for its sequences one by one; `None` where that cannot be told: what
     it computes is no number, or it has too few tokens to try.
 
-    Asked of the configuration, and then of the model itself, once, on six tokens: what a forward pass makes of a mask and
+    Asked of the configuration, and then of the model itself, once, on a few tokens: what a forward pass makes of a mask and
     position ids is nowhere declared.
     """
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = base_model(model)
     known = getattr(base, "_align_shares_prefixes", None)
     if known is None:
         known = configured_not_to_share(model) is None and _agrees(model, base.dtype)
@@ -191,13 +240,14 @@ def _agrees(model: PreTrainedModel, dtype: torch.dtype) -> bool | None:
     """Whether two short rows have the same logits in one tree and apart; `None` where that cannot be told."""
     import torch
 
-    rows: list[Row] = [([1, 2, 3], [4, 5, 6, 7]), ([1, 2, 3], [4, 7, 5, 6])]
+    prompt = [1, 2, 3, 2, 3, 1]
+    rows: list[Row] = [(prompt, [4, 5, 6, 7, 5, 4]), (prompt, [4, 7, 5, 6, 4, 5])]
     if model.config.get_text_config().vocab_size <= 7:
         return None
     logits = {}
     for share in (True, False):
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), short_windows(model):
                 parts = [completion_logits(model, b).float()[b.positions] for b in _batches(model, rows, 0, 99, share)]
         except (ValueError, TypeError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -222,14 +272,12 @@ def keep_pages() -> None:
 
 
 def _batches(model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, max_tokens: int, share: bool):
-
     # Some models keep a mask of their own, as wide as their longest sequence.
     trees = grow_trees(rows, share, getattr(model.config.get_text_config(), "max_position_embeddings", None))
-    device = model.get_input_embeddings().weight.device
-    if device.type == "cpu":
+    if model.get_input_embeddings().weight.device.type == "cpu":
         keep_pages()
     for chosen in batches_by_length([len(tree) for tree, _ in trees], max_tokens):
-        yield lay_out([trees[i] for i in chosen], rows, pad_token_id, device, model.dtype)
+        yield lay_out([trees[i] for i in chosen], rows, pad_token_id, model)
 
 
 def per_token(

@@ -6,8 +6,8 @@ A pair of rows c (chosen) and r (rejected) whose first m tokens are the same bec
 
 m is the prompt's length, so the trunk is the prompt but for its last token. A branch attends to the trunk and to itself, and
 its positions go on from the trunk's, so every slot sees what it would see in its own row. The prompt's last token stands in
-both branches: every slot predicts exactly one token. A row's last token predicts nothing and gets no slot. Several pairs lie
-in one row of slots, and see nothing of each other. What else two completions begin with is not shared: where the slots of a
+both branches: every slot predicts exactly one token. A row's last token predicts nothing and gets no slot, unless a loss counts
+every token of a row, as a router's does. A window of attention is a bound on the distance of positions. Several pairs lie in one row of slots, and see nothing of each other. What else two completions begin with is not shared: where the slots of a
 batch lie depends on lengths alone, and so, to the last bit, do the numbers of all other pairs when a token changes.
 """
 
@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+from .prefix_tree import within
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -39,7 +41,7 @@ def shared_tokens(chosen: Sequence[int], rejected: Sequence[int], prompt: int) -
 
 
 def pair_slots(chosen: Sequence[int], rejected: Sequence[int], prompt: int) -> int:
-    """Slots that a pair of rows takes, `prompt` tokens and a completion each."""
+    """Slots that a pair of rows takes, `prompt` tokens and a completion each; their last tokens have none."""
     trunk = max(shared_tokens(chosen, rejected, prompt) - 1, 0)
     return max(len(chosen) + len(rejected) - 2 - trunk, 0)
 
@@ -99,33 +101,38 @@ class PairLayout:
         """The same on another device."""
         return PairLayout(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
 
-    def mask(self) -> torch.Tensor:
-        """(R, 1, W, W) bool: whether a slot attends to another. Padding attends to itself, so that no row is empty."""
+    def counts(self) -> torch.Tensor:
+        """(R, W) how many of the batch's rows hold a slot's token: a trunk's two, padding's none."""
+        return torch.where(self.branch == 0, 2, 1).masked_fill(self.pair < 0, 0)
+
+    def mask(self, window: int | None = None) -> torch.Tensor:
+        """(R, 1, W, W) bool: whether a slot attends to another. Padding attends to itself, so that no row is empty.
+
+        Args:
+            window: how many positions attention reaches back, its own among them; by default all.
+        """
         order = torch.arange(self.pair.shape[1], device=self.pair.device)
         same = self.pair[:, :, None] == self.pair[:, None, :]
         on_path = (self.branch[:, None, :] == 0) | (self.branch[:, None, :] == self.branch[:, :, None])
         seen = same & on_path & (order[None, :] <= order[:, None]) & (self.pair >= 0)[:, :, None]
-        return (seen | (order[None, :] == order[:, None])).unsqueeze(1)
+        mask = (seen | (order[None, :] == order[:, None])).unsqueeze(1)
+        return within(mask, self.position_ids, window)
 
-    def block_mask(self) -> BlockMask:
+    def block_mask(self, window: int | None = None) -> BlockMask:
         """The same as `mask`, for FlexAttention."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        pair, branch = self.pair, self.branch
+        pair, branch, position = self.pair, self.branch, self.position_ids
+        reach = int(position.max()) + 1 if window is None else window
 
         def sees(row, _head, query, key):
             same = (pair[row, query] == pair[row, key]) & (pair[row, query] >= 0)
             on_path = (branch[row, key] == 0) | (branch[row, key] == branch[row, query])
-            return (same & on_path & (key <= query)) | (key == query)
+            near = position[row, query] - position[row, key] < reach
+            return (same & on_path & near & (key <= query)) | (key == query)
 
         rows, width = pair.shape
         return create_block_mask(sees, B=rows, H=None, Q_LEN=width, KV_LEN=width, device=pair.device)
-
-    def label_slots(self) -> torch.Tensor:
-        """(R, W) the token that each slot predicts, -100 where none is labelled: already shifted."""
-        labels = torch.full_like(self.input_ids, IGNORED)
-        labels.view(-1)[self.labelled] = self.targets
-        return labels
 
 
 @dataclass
@@ -140,13 +147,16 @@ class _Pair:
     places: np.ndarray
 
 
-def _lay_out_pair(ids: np.ndarray, real: np.ndarray, labels: np.ndarray, chosen: int, rejected: int) -> _Pair:
+def _lay_out_pair(
+    ids: np.ndarray, real: np.ndarray, labels: np.ndarray, chosen: int, rejected: int, whole: bool
+) -> _Pair:
     width = labels.shape[1] - 1
+    end = None if whole else -1
     columns = [np.flatnonzero(real[row]) for row in (chosen, rejected)]
     rows = [ids[row, where] for row, where in zip((chosen, rejected), columns, strict=True)]
     wanted = [labels[row, where] != IGNORED for row, where in zip((chosen, rejected), columns, strict=True)]
     trunk = max(shared_tokens(*rows, prompt_length(wanted)) - 1, 0)
-    lengths = [max(len(row) - 1 - trunk, 0) for row in rows]
+    lengths = [len(row[trunk:end]) for row in rows]
     starts = [trunk, trunk + lengths[0]]
     slots, targets, places = [], [], []
     for side, row in enumerate((chosen, rejected)):
@@ -159,7 +169,7 @@ def _lay_out_pair(ids: np.ndarray, real: np.ndarray, labels: np.ndarray, chosen:
         targets.append(own[1:][there])
         places.append(row * width + columns[side][1:][there] - 1)
     return _Pair(
-        ids=np.concatenate([rows[0][:trunk], rows[0][trunk:-1], rows[1][trunk:-1]]),
+        ids=np.concatenate([rows[0][:trunk], rows[0][trunk:end], rows[1][trunk:end]]),
         positions=np.concatenate([np.arange(trunk), *(trunk + np.arange(length) for length in lengths)]),
         branches=np.repeat([0, 1, 2], [trunk, *lengths]),
         slots=np.concatenate(slots),
@@ -207,6 +217,7 @@ def lay_out_pairs(
     multiple: int = 1,
     most: int | None = None,
     one_row: bool = False,
+    whole: bool = False,
 ) -> list[PairLayout]:
     """Lays out the pairs of a padded batch.
 
@@ -219,6 +230,7 @@ def lay_out_pairs(
         most: slots, padding included, of a layout; a pair that is larger gets one of its own. One layout by default.
         one_row: whether a layout is one row, as FlexAttention has it; otherwise a row is as wide as the widest pair, since a
             dense mask costs the square of the width.
+        whole: whether a row's last token has a slot, too.
 
     Returns:
         Layouts of all pairs, the largest first, on the batch's device.
@@ -226,7 +238,7 @@ def lay_out_pairs(
     device = input_ids.device
     ids, real, wanted = (tensor.cpu().numpy() for tensor in (input_ids, attention_mask != 0, labels))
     half = len(ids) // 2
-    pairs = [_lay_out_pair(ids, real, wanted, i, half + i) for i in range(half)]
+    pairs = [_lay_out_pair(ids, real, wanted, i, half + i, whole) for i in range(half)]
     sizes = [len(pair.ids) for pair in pairs]
     groups = [list(range(half))] if most is None else group_pairs(sizes, most, multiple, one_row)
     layouts = []

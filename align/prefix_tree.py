@@ -90,6 +90,18 @@ def ancestor_mask(trees: Sequence[PrefixTree], width: int) -> torch.Tensor:
     return mask.unsqueeze(1)
 
 
+def within(mask: torch.Tensor, positions: torch.Tensor, window: int | None) -> torch.Tensor:
+    """A bool mask (B, 1, W, W) without what lies `window` positions back or more, as transformers' sliding windows have it.
+
+    Args:
+        positions: (B, W).
+        window: `None` leaves the mask as it is.
+    """
+    if window is None:
+        return mask
+    return mask & (positions[:, None, :, None] - positions[:, None, None, :] < window)
+
+
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A bool mask as numbers to add to attention scores; made once here, not in every layer."""
     import torch

@@ -8,15 +8,20 @@ from align import lm_head
 from align.lm_head import TokenLogProbs, knows_head
 
 
-def plain(hidden, weight, bias, targets):
-    logps = torch.nn.functional.linear(hidden, weight, bias).log_softmax(-1)
-    return logps.gather(1, targets[:, None])[:, 0]
+def plain_logits(hidden, weight, bias, cap=None):
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def plain(hidden, weight, bias, targets, cap=None):
+    return plain_logits(hidden, weight, bias, cap).log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("chunk", [1, 150, 1 << 20])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_values_and_gradients(monkeypatch, chunk, frozen, biased):
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_values_and_gradients(monkeypatch, chunk, frozen, biased, cap):
     monkeypatch.setattr(lm_head, "CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(7, 5, generator=generator, requires_grad=True)
@@ -24,17 +29,17 @@ def test_values_and_gradients(monkeypatch, chunk, frozen, biased):
     bias = torch.randn(50, generator=generator, requires_grad=not frozen) if biased else None
     targets = torch.randint(0, 50, (7,), generator=generator)
     upstream = torch.randn(7, generator=generator)
-    logps, entropy, means, top1 = TokenLogProbs.apply(hidden, weight, bias, targets)
+    logps, entropy, means, top1 = TokenLogProbs.apply(hidden, weight, bias, targets, cap)
     (logps * upstream).sum().backward()
     doubles = [x if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in (hidden, weight, bias)]
-    expected = plain(*doubles, targets)
+    expected = plain(*doubles, targets, cap)
     (expected * upstream).sum().backward()
     assert (logps - expected).abs().max() < 1e-5
     for found, wanted in zip((hidden, weight, bias), doubles, strict=True):
         if found is not None and wanted.grad is not None:
             assert (found.grad - wanted.grad).abs().max() < 1e-5
     assert hidden.grad.abs().max() > 0.1 and (weight.grad is None) == frozen
-    logits = torch.nn.functional.linear(*doubles).detach()
+    logits = plain_logits(*doubles, cap).detach()
     full = logits.log_softmax(-1)
     assert (entropy + (full.exp() * full).sum(-1)).abs().max() < 1e-5
     assert (means - logits.mean(-1)).abs().max() < 1e-5
@@ -59,4 +64,6 @@ def test_heads_with_something_behind_them_are_left_to_trl():
     assert knows_head(tiny_llama())
     model = tiny_llama()
     model.config.final_logit_softcapping = 30.0
+    assert knows_head(model)
+    model.config.logit_scale = 0.5
     assert not knows_head(model)

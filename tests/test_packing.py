@@ -1,5 +1,7 @@
 """The prefix-shared layout: every slot sees what it would see in its own row, and nothing of another pair."""
 
+from collections import Counter
+
 import pytest
 import torch
 from conftest import tiny_llama
@@ -28,8 +30,9 @@ def padded(pairs, left=False):
     return ids, mask, labels
 
 
-def oracle_mask(layout):
-    """Slot by slot: j is seen from i if both belong to one pair, j is no later, and j lies in the trunk or in i's branch."""
+def oracle_mask(layout, window=10**6):
+    """Slot by slot: j is seen from i if both belong to one pair, j is no later, j lies in the trunk or in i's branch, and fewer
+    than `window` positions back."""
     rows, width = layout.pair.shape
     seen = torch.zeros(rows, 1, width, width, dtype=torch.bool)
     for r in range(rows):
@@ -37,7 +40,8 @@ def oracle_mask(layout):
             for j in range(i + 1):
                 pair, other = int(layout.pair[r, i]), int(layout.pair[r, j])
                 branches = int(layout.branch[r, j]) in (0, int(layout.branch[r, i]))
-                seen[r, 0, i, j] = i == j or (pair == other and pair >= 0 and branches)
+                near = int(layout.position_ids[r, i]) - int(layout.position_ids[r, j]) < window
+                seen[r, 0, i, j] = i == j or (pair == other and pair >= 0 and branches and near)
     return seen
 
 
@@ -64,7 +68,6 @@ def test_each_slot_sees_its_own_row(one_row, most, multiple):
             assert layout.targets[source] == ids[row, column + 1] == labels[row, column + 1]
             assert not found[place]
             found[place] = True
-        assert torch.equal(layout.label_slots().view(-1)[layout.labelled], layout.targets)
     assert torch.equal(found.view(labels[:, 1:].shape), labels[:, 1:] != -100)
 
 
@@ -113,6 +116,39 @@ def test_block_mask_is_the_mask():
     rows, width = layout.pair.shape
     block = layout.block_mask()
     assert torch.equal(create_mask(block.mask_mod, rows, 1, width, width, device="cpu"), layout.mask())
+    windowed = create_mask(layout.block_mask(3).mask_mod, rows, 1, width, width, device="cpu")
+    assert torch.equal(windowed, layout.mask(3)) and not torch.equal(windowed, layout.mask())
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 100])
+def test_a_window_is_a_distance_of_positions(window):
+    """As transformers has it: a slot sees itself and window - 1 positions before it, wherever their slots lie."""
+    layout = lay_out_pairs(*padded(PAIRS), one_row=True)[0]
+    mask = layout.mask(window)
+    assert torch.equal(mask, oracle_mask(layout, window))
+    for row, slot in (layout.pair >= 0).nonzero().tolist():
+        position = int(layout.position_ids[row, slot])
+        seen = layout.position_ids[row, mask[row, 0, slot]].tolist()
+        assert seen == list(range(max(0, position - window + 1), position + 1))
+
+
+def test_every_token_of_every_row_is_counted_where_a_router_counts_them():
+    """With slots for the rows' last tokens, what each slot stands for adds up to the batch's real tokens."""
+    ids, mask, labels = padded(PAIRS)
+    for most in (None, 12):
+        layouts = lay_out_pairs(ids, mask, labels, most=most, whole=True, multiple=8)
+        found = Counter()
+        for layout in layouts:
+            for token, count in zip(
+                layout.input_ids.flatten().tolist(), layout.counts().flatten().tolist(), strict=True
+            ):
+                found[token] += count
+        assert +found == Counter(ids[mask != 0].tolist())
+        assert sum(int((layout.pair >= 0).sum()) for layout in layouts) == sum(
+            pair_slots(p + c, p + r, len(p)) + 2 for p, c, r in PAIRS
+        )
+        seen = sum(len(layout.places) for layout in layouts)
+        assert seen == int((labels[:, 1:] != -100).sum())  # no more is scored
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

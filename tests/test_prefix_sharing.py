@@ -7,27 +7,23 @@ import pytest
 import torch
 from conftest import random_pairs, tiny_llama
 from datasets import Dataset
+from families import SIZES
 from peft import LoraConfig, PromptTuningConfig, TaskType
 from test_token_dpo import LORA, assert_close, batch_loss, options
 from transformers import (
     AutoModelForCausalLM,
-    Gemma2Config,
+    BloomConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
-    MixtralConfig,
     Qwen3Config,
+    Qwen3NextConfig,
 )  # fmt: skip
 
 from align import TokenDPOConfig, TokenDPOTrainer
-from align.trainers.prefix_sharing import why_not
+from align.logps import configured_not_to_share
 
-SIZES = {
-    "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "eos_token_id": 0, "pad_token_id": 0, "bos_token_id": None,
-    "initializer_range": 0.2,
-}  # fmt: skip
 OTHERS = {
     "qwen3, tied": Qwen3Config(**SIZES, tie_word_embeddings=True),
     "mistral, full attention": MistralConfig(**SIZES, sliding_window=None),
@@ -35,13 +31,26 @@ OTHERS = {
     "gpt-neox": GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
 }  # fmt: skip
 UNABLE = {
-    "sliding_window": MistralConfig(**SIZES, sliding_window=4),
-    "layers of kind sliding_attention|attn_logit_softcapping": Gemma2Config(**SIZES),
-    "attn_logit_softcapping": Gemma2Config(**SIZES, layer_types=["full_attention"] * 2),
+    "attention_chunk_size": LlamaConfig(**SIZES, attention_chunk_size=4),
+    "layers of kind linear_attention": Qwen3NextConfig(
+        **SIZES,
+        layer_types=["linear_attention", "full_attention"],
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        router_aux_loss_coef=0.0,
+    ),
+    "takes no position_ids": BloomConfig(
+        vocab_size=400, hidden_size=32, n_layer=2, n_head=4, eos_token_id=0, pad_token_id=0, bos_token_id=None
+    ),
     "rope_type 'dynamic'": LlamaConfig(
         **SIZES, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     ),
-    "experts": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
 }
 
 
@@ -186,7 +195,7 @@ def test_settings_that_rows_must_not_share_are_named(tmp_path, tokenizer, caplog
     with caplog.at_level("WARNING"):
         model = tiny_llama()
         model.config._attn_implementation = "flash_attention_2"
-        assert "'flash_attention_2' takes no mask of ours" in why_not(model, model)
+        assert "'flash_attention_2' takes no mask of ours" in configured_not_to_share(model)
 
 
 def test_a_model_that_breaks_on_our_mask_trains_in_rows(tmp_path, tokenizer, caplog):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from conftest import tiny_llama
+from families import tiny
 from oracles import completion_logps
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
 from align.logps import shares_prefixes, token_logps
 from align.prefix_tree import ancestor_mask, grow_trees
@@ -57,14 +58,13 @@ def test_a_tree_does_not_outgrow_twice_its_longest_row():
 
 
 def test_models_that_cannot_share_are_found_and_still_right():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
-    sliding = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=3)).eval()
-    assert not shares_prefixes(sliding)
-    found = token_logps(sliding, ROWS, pad_token_id=0)
-    assert_equal(found, expected(sliding, ROWS))
+    # Its configuration has a window that it does not follow. Windows that models do follow: see test_families.py.
+    deceptive = tiny("olmoe", sliding_window=4096)
+    assert not shares_prefixes(deceptive)
+    found = token_logps(deceptive, ROWS, pad_token_id=0)
+    assert_equal(found, expected(tiny("olmoe", experts_implementation="eager"), ROWS))
 
+    torch.manual_seed(0)
     learned = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)).eval()
     assert shares_prefixes(learned)
     found = token_logps(learned, ROWS, pad_token_id=0)

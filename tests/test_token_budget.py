@@ -3,14 +3,12 @@
 from collections import defaultdict
 
 import pytest
-import torch
 from conftest import random_pairs, tiny_llama
 from datasets import Dataset
+from families import tiny
 from peft import LoraConfig
-from test_prefix_sharing import UNABLE
 from test_token_dpo import LORA, assert_close, options, separate_reference
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForCausalLM
 
 from align import CDPOConfig, CDPOTrainer, TokenDPOConfig, TokenDPOTrainer
 from align.errors import ConfigError
@@ -64,10 +62,9 @@ def test_passes_add_up_to_the_batch(tmp_path, model_dir, tokenizer, settings, lo
 
 def test_models_in_padded_rows_keep_to_the_budget(tmp_path, tokenizer):
     def models():
-        torch.manual_seed(0)
-        return [AutoModelForCausalLM.from_config(UNABLE["sliding_window"]) for _ in range(2)]
+        return [tiny("mistral") for _ in range(2)]
 
-    results = [one_step(tmp_path, tokenizer, models, budget) for budget in (60, None)]
+    results = [one_step(tmp_path, tokenizer, models, budget, prefix_sharing=False) for budget in (60, None)]
     assert_close(*results[0][:2], *results[1][:2], 1e-5)
     assert max(results[0][3]) <= 60 < max(results[1][3])
 
@@ -186,12 +183,10 @@ def test_what_cannot_be_cut_is_refused(tmp_path, tokenizer):
         CDPOConfig(**options(tmp_path, max_tokens_per_batch=64, loss_type=["aot_unpaired"]))
     with pytest.raises(ConfigError, match="max_tokens_per_batch = 0"):
         CDPOConfig(**options(tmp_path, max_tokens_per_batch=0))
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(UNABLE["experts"])
-    model.config.output_router_logits = True
+    model = tiny("mixtral", output_router_logits=True)
     with pytest.raises(ConfigError, match="router_aux_loss_coef"):
         CDPOTrainer(
-            model, ref_model=AutoModelForCausalLM.from_config(UNABLE["experts"]),
+            model, ref_model=tiny("mixtral"),
             args=CDPOConfig(**options(tmp_path, max_tokens_per_batch=64)),
             train_dataset=Dataset.from_list(random_pairs(4, columns=("ce_scores",))), processing_class=tokenizer,
         )  # fmt: skip

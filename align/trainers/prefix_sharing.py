@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.logging import get_logger
 
-from ..lm_head import add_token_head, knows_head
-from ..logps import batches_by_length, configured_not_to_share, keep_pages
+from ..lm_head import add_token_head, knows_head, select_labelled
+from ..logps import batches_by_length, configured_not_to_share, keep_pages, masks_of_layers, short_windows, windows
 from ..packing import IGNORED, PairLayout, group_pairs, lay_out_pairs, layout_slots, pair_slots, prompt_length
 from ..prefix_tree import additive
 from ..trl_versions import FusedCausalLMOutput
@@ -28,10 +28,11 @@ logger = get_logger(__name__)
 #: nothing.
 CPU_SLOTS = 1024
 
-#: Configurations of models that send a token to some of many experts.
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+
+#: What a model is given to find out whether it follows: the layout as it is; without its windows; and no mask, with positions
+#: that go on.
+FAITHFUL, UNWINDOWED, UNMASKED = "faithful", "unwindowed", "unmasked"
 
 
 class PaddedRows:
@@ -94,7 +95,8 @@ class PrefixSharing:
         self.several_passes = several_passes
         self.attention = base.config.get_text_config()._attn_implementation
         self.quantized = getattr(base, "is_quantized", False)
-        self._probing: tuple[bool] | None = None
+        self._probing: str | None = None
+        select_labelled(base)
         if knows_head(base):
             add_token_head(base)
 
@@ -130,13 +132,13 @@ class PrefixSharing:
         if not kwargs.get("fused_lm_head"):
             return model(**kwargs)  # somebody wants logits
         ids, mask, labels = (kwargs.pop(name) for name in ("input_ids", "attention_mask", "labels"))
-        own_head = knows_head(self.base)
-        if own_head:
-            kwargs.pop("fused_lm_head")
-        layouts = lay_out_pairs(
-            ids, mask, labels, most=self._most(ids.device.type == "cpu"), **self._shape(ids.device.type == "cpu")
-        )
-        passes = [self._run(model, layout, own_head, kwargs) for layout in layouts]
+        on_cpu, routed = ids.device.type == "cpu", kwargs.get("output_router_logits", False)
+        if not routed and getattr(self.base.config.get_text_config(), "output_router_logits", False):
+            kwargs["output_router_logits"] = False  # nobody asked for the router's loss
+        # A router's loss is no sum over tokens: all of them are in one pass, each row's last ones too.
+        most = None if routed else self._most(on_cpu)
+        layouts = lay_out_pairs(ids, mask, labels, most=most, whole=routed, **self._shape(on_cpu))
+        passes = [self._run(model, layout, routed, kwargs) for layout in layouts]
         places = torch.cat([layout.places for layout in layouts])
         shape = (ids.shape[0], ids.shape[1] - 1)
 
@@ -148,11 +150,12 @@ class PrefixSharing:
             values = torch.cat([part[layout.sources] for part, layout in zip(parts, layouts, strict=True)])
             return values.new_zeros(shape[0] * shape[1]).index_put((places,), values).view(shape)
 
-        return FusedCausalLMOutput(**{name: unpacked(name) for name in FIELDS}, label_mask=labels[:, 1:] != IGNORED)
+        fields = {name: unpacked(name) for name in FIELDS}
+        return FusedCausalLMOutput(**fields, label_mask=labels[:, 1:] != IGNORED, aux_loss=passes[0].get("aux_loss"))
 
-    def probe(self, model: Any, seen: bool, **kwargs: Any) -> FusedCausalLMOutput:
-        """A call with all pairs in one row; unless `seen`, with causal attention and positions that go on, which is wrong."""
-        self._probing = (seen,)
+    def probe(self, model: Any, how: str, **kwargs: Any) -> FusedCausalLMOutput:
+        """A call with all pairs in one row; `how` is `FAITHFUL`, or a way to be wrong."""
+        self._probing = how
         try:
             return self(model, **kwargs)
         finally:
@@ -168,78 +171,98 @@ class PrefixSharing:
         return most
 
     def _run(
-        self, model: Any, layout: PairLayout, own_head: bool, kwargs: dict[str, Any]
+        self, model: Any, layout: PairLayout, routed: bool, kwargs: dict[str, Any]
     ) -> dict[str, torch.Tensor | None]:
-        """The fields of a layout's outputs, (U,) each."""
-        device = layout.input_ids.device
-        # SDPA takes an additive mask in the dtype that a layer computes in alone, eager attention nothing else.
-        exact = self.base.dtype == torch.float32 and not torch.is_autocast_enabled(device.type) and not self.quantized
-        if self.attention == "flex_attention":
-            mask: Any = layout.block_mask()
-        elif self.attention == "eager" or (device.type == "cpu" and exact):
-            mask = additive(layout.mask(), self.base.dtype)
-        else:
-            mask = layout.mask()
-        inputs = {"input_ids": layout.input_ids, "position_ids": layout.position_ids, "attention_mask": mask, **kwargs}
-        if self._probing == (False,):
-            del inputs["position_ids"], inputs["attention_mask"]
-        if own_head:
-            outputs = model(**inputs, labelled=layout.labelled, targets=layout.targets)
+        """The fields of a layout's outputs, (U,) each, and `aux_loss` where `routed`."""
+        inputs: dict[str, Any] = {"input_ids": layout.input_ids, "labelled": layout.labelled, **kwargs}
+        if self._probing != UNMASKED:
+            mask = masks_of_layers(self.base.config, lambda window: self._mask(layout, window))
+            # TRL's head gives the router's loss `attention_mask`, which says how often a token counts.
+            masks = {"attention_mask": layout.counts(), "seen": mask} if routed else {"attention_mask": mask}
+            inputs |= {"position_ids": layout.position_ids, **masks}
+        if not routed and knows_head(self.base):
+            del inputs["fused_lm_head"]
+            outputs = model(**inputs, targets=layout.targets)
             return {name: outputs.get(name) for name in FIELDS}
-        outputs = model(**inputs, shift_labels=layout.label_slots())
-        return {
-            name: None if (field := outputs.get(name)) is None else field.flatten()[layout.labelled] for name in FIELDS
-        }
+        outputs = model(**inputs, shift_labels=layout.targets.unsqueeze(0))
+        fields = {name: None if (field := outputs.get(name)) is None else field[0] for name in FIELDS}
+        return fields | {"aux_loss": outputs.get("aux_loss")}
+
+    def _mask(self, layout: PairLayout, window: int | None) -> Any:
+        """A layout's mask for layers with this window, as the model's kind of attention takes it."""
+        window = None if self._probing == UNWINDOWED else window
+        if self.attention == "flex_attention":
+            return layout.block_mask(window)
+        device = layout.input_ids.device.type
+        # SDPA takes an additive mask in the dtype that a layer computes in alone, eager attention nothing else.
+        exact = self.base.dtype == torch.float32 and not torch.is_autocast_enabled(device) and not self.quantized
+        if self.attention == "eager" or (device == "cpu" and exact):
+            return additive(layout.mask(window), self.base.dtype)
+        return layout.mask(window)
 
 
-def why_not(model: PreTrainedModel, base: PreTrainedModel) -> str | None:
-    """Why a model cannot be trained in the prefix-shared layout; `None` if it can.
-
-    Args:
-        model: `base`, with its adapters.
-        base: the causal LM.
-    """
-    config = base.config.get_text_config()
-    for name in EXPERTS:
-        if (getattr(config, name, None) or 0) > 1:
-            return f"{type(base).__name__} is a mixture of experts ({name} = {getattr(config, name)}), whose router reads padded rows"
-    if getattr(config, "attn_logit_softcapping", None):
-        return f"{type(base).__name__} caps attention scores (attn_logit_softcapping)"
-    return configured_not_to_share(model, IMPLEMENTATIONS)
-
-
-def differs(model: PreTrainedModel, sharing: PrefixSharing, autocast: AbstractContextManager) -> str | None:
+def differs(
+    model: PreTrainedModel, sharing: PrefixSharing, autocast: AbstractContextManager, routed: bool = False
+) -> str | None:
     """Tries two short pairs in both layouts: why they come out differently, or `None` if they do not. What a forward pass
-    makes of a mask and of position ids is nowhere declared.
+    makes of a mask and of position ids is nowhere declared. Sliding windows are made shorter than the pairs.
 
     Args:
         model: what TRL gave its fused head, with its adapters, not yet wrapped for several processes.
         autocast: what training runs in.
+        routed: whether training adds the router's loss.
     """
-    rows = [[1, 2, 3, 4, 5, 6], [1, 2, 6, 5, 4, 3], [1, 2, 3, 6, 4, 5], [1, 2, 4, 3, 5, 6]]
-    device = model.get_input_embeddings().weight.device
-    ids = torch.tensor(rows, device=device)
+    prompts, completions = ([1, 2, 3, 1, 2, 3], [3, 2, 1, 2, 3, 1]), ([4, 5, 6, 4, 2, 5], [6, 4, 5, 2, 6, 4])
+    ids = torch.tensor(
+        [prompt + own for own in completions for prompt in prompts], device=model.get_input_embeddings().weight.device
+    )
     labels = ids.clone()
-    labels[:, :2] = IGNORED
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "fused_lm_head": True}
-    training, name = model.training, type(sharing.base).__name__
-    model.eval()
+    labels[:, : len(prompts[0])] = IGNORED
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "fused_lm_head": True, "use_cache": False}  # fmt: skip
+    router = {"output_router_logits": True} if routed else {}
+    mistakes = [UNMASKED, *([UNWINDOWED] if any(windows(sharing.base.config).values()) else [])]
+    training, name, kind = model.training, type(sharing.base).__name__, ids.device.type
+    devices = [ids.device] if kind == "cuda" else []
     try:
-        with torch.no_grad(), autocast:
-            exact = sharing.base.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(device.type)
-            plain = model(**batch, use_cache=False).log_probs.float()
-            shared, wrong = (sharing.probe(model, seen, **batch, use_cache=False).log_probs for seen in (True, False))
+        with torch.no_grad(), autocast, short_windows(sharing.base), torch.random.fork_rng(devices):
+            exact = sharing.base.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(kind)
+            before = _random_state(ids.device)
+            model.train()(**batch)
+            drawn = not torch.equal(before, _random_state(ids.device))
+            model.eval()
+            plain, shared = model(**batch, **router), sharing.probe(model, FAITHFUL, **batch, **router)
+            wrong = [sharing.probe(model, how, **batch).log_probs for how in mistakes]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a model of unknown make comes up with, rows it can do
         return f"{name} fails on the layout's mask ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     finally:
         model.train(training)
-    error, mistake = ((plain - found.float()).abs().max().item() for found in (shared, wrong))
-    # In bfloat16 rounding alone makes tenths of a nat; what a model makes of no mask at all says how much is too much.
-    if error > (1e-3 if exact else 0.3) or error > mistake / 4:
+    if drawn:
+        return f"{name} draws random numbers in training, and both sides of a pair would share a prompt's"
+    # In bfloat16 rounding alone makes tenths of a nat. What a model makes of a wrong mask says how much is too much.
+    apart = _largest if exact else _mean
+    mistake = min(apart(plain.log_probs, found) for found in wrong)
+    limit = min(1e-3, mistake / 20) if exact else min(0.3, mistake / 4)
+    if (error := apart(plain.log_probs, shared.log_probs)) > limit:
         return f"{name} gives other log-probabilities in the shared layout (by {error:.2g})"
+    if routed and (error := _largest(plain.aux_loss, shared.aux_loss)) > (1e-4 if exact else 0.05) * plain.aux_loss:
+        return (
+            f"{name} gives another router loss in the shared layout (by {error:.2g}); router_aux_loss_coef=0 is without"
+        )
     return None
+
+
+def _random_state(device: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
+    return (one.float() - other.float()).abs().max().item()
+
+
+def _mean(one: torch.Tensor, other: torch.Tensor) -> float:
+    return (one.float() - other.float()).abs().mean().item()
 
 
 def layout_of(trainer: DPOTrainer, model: Any) -> PrefixSharing | PaddedRows:
@@ -250,7 +273,7 @@ def layout_of(trainer: DPOTrainer, model: Any) -> PrefixSharing | PaddedRows:
         return PaddedRows(most)
     model = accelerator.unwrap_model(model)
     base = model.get_base_model() if hasattr(model, "peft_config") else model
-    reason = why_not(model, base)
+    reason = configured_not_to_share(model, IMPLEMENTATIONS)
     if args.neftune_noise_alpha:
         reason = "noise on embeddings (neftune_noise_alpha) depends on the width of a row"
     dropping = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules()) or functional_dropout(model)
@@ -263,7 +286,7 @@ def layout_of(trainer: DPOTrainer, model: Any) -> PrefixSharing | PaddedRows:
         # Ranks whose numbers of passes differ would wait for each other for ever.
         sharing = PrefixSharing(base, most, several_passes=accelerator.num_processes == 1)
         if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):  # parameters may lie in pieces there
-            reason = differs(model, sharing, accelerator.autocast())
+            reason = differs(model, sharing, accelerator.autocast(), trainer.aux_loss_enabled)
     if reason is None:
         return sharing
     logger.warning(f"prefix_sharing is off: {reason}")
