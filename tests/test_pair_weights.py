@@ -202,6 +202,16 @@ def test_tgdpo_scales_the_loss_of_a_pair(tmp_path, model_dir, tokenizer, exact):
     assert_close(loss, grads, expected.item(), dict(zip(exact[1], gradients, strict=True)), 1e-5)
 
 
+def test_metrics_stay_those_without_weights(tmp_path, model_dir, tokenizer):
+    found = []
+    for rows in (weighted_pairs(), random_pairs(6, 5, columns=("weights",))):
+        trainer = make(tmp_path, tokenizer, rows, separate_reference(model_dir), loss_type=["sigmoid", "sft"])
+        step_of(trainer)
+        found.append({name: list(values) for name, values in trainer._metrics["train"].items()})
+    assert found[0].pop("weights/pairs") == [1.25]
+    assert found[0] == found[1] and found[0]["num_tokens"][0] > 100
+
+
 def trained(tmp_path, tokenizer, model_dir, rows, resume=None, **kwargs):
     """Logged numbers and final weights of a training."""
     settings = {"per_device_train_batch_size": 2, "num_train_epochs": 2, "eval_strategy": "epoch"} | kwargs
