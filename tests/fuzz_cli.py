@@ -10,6 +10,7 @@ import json
 import sys
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from functools import cache
+from pathlib import Path
 from unittest.mock import patch
 
 import fuzzing as fz
@@ -244,7 +245,9 @@ def _run(folder, value) -> None:
     plain = {word for word in args if word.startswith("--")} <= COMMANDS[command][2].keys()
     if command == "pair":
         assert counts["completions"] == total and counts["pairs"] == rows
-        assert all(counts[name] == rows_in(folder / f"{name}.jsonl") for name in ("positive", "negative") if plain)
+        for name in ("positive", "negative") if plain else ():
+            given = len(argv) - argv[::-1].index(f"--{name}")  # behind the last one, which counts
+            assert counts[name] == rows_in(Path(argv[given]))
         return
     assert counts["rows"] == rows
     n = int(args[args.index("--n") + 1]) if command in ("sample", "trace") and "--n" in args else 1

@@ -202,6 +202,16 @@ def test_tgdpo_scales_the_loss_of_a_pair(tmp_path, model_dir, tokenizer, exact):
     assert_close(loss, grads, expected.item(), dict(zip(exact[1], gradients, strict=True)), 1e-5)
 
 
+def test_metrics_stay_those_without_weights(tmp_path, model_dir, tokenizer):
+    found = []
+    for rows in (weighted_pairs(), random_pairs(6, 5, columns=("weights",))):
+        trainer = make(tmp_path, tokenizer, rows, separate_reference(model_dir), loss_type=["sigmoid", "sft"])
+        step_of(trainer)
+        found.append({name: list(values) for name, values in trainer._metrics["train"].items()})
+    assert found[0].pop("weights/pairs") == [1.25]
+    assert found[0] == found[1] and found[0]["num_tokens"][0] > 100
+
+
 def trained(tmp_path, tokenizer, model_dir, rows, resume=None, **kwargs):
     """Logged numbers and final weights of a training."""
     settings = {"per_device_train_batch_size": 2, "num_train_epochs": 2, "eval_strategy": "epoch"} | kwargs
@@ -474,3 +484,23 @@ def test_a_csv_file_has_no_numbers(tmp_path, tokenizer):
         RecordError, match="row 0: weight = '0.5' must be .* as a number, which a CSV file does not have"
     ):
         tokenize_pairs(str(tmp_path / "a.csv"), tokenizer, tmp_path / "b.jsonl")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lora": True, "gradient_checkpointing": True}, {"pad_to_multiple_of": 16}], ids=str
+)
+def test_the_batch_s_loss_is_the_sum_of_its_pairs_losses(tmp_path, model_dir, tokenizer, settings):
+    """Each in a batch of its own, with the reference from columns or from the model without its adapter."""
+    pairs = weighted_pairs(("weights",) if "lora" in settings else ("weights", "ref_logps"))
+    policy, reference = separate_reference(model_dir)
+    stored = None if "lora" not in settings else reference
+    trainer = make(tmp_path, tokenizer, pairs, (policy, stored), check_reference=False, **settings)
+    loss, grads = batch_loss(trainer, [dict(row) for row in pairs])
+    own = [batch_loss(trainer, [{k: v for k, v in row.items() if k != "weight"}]) for row in pairs]
+    scales = [row["weight"] / len(pairs) for row in pairs]
+    expected = {
+        name: sum(scale * of_pair[name] for scale, (_, of_pair) in zip(scales, own, strict=True)) for name in grads
+    }
+    assert_close(
+        loss, grads, sum(scale * of_pair for scale, (of_pair, _) in zip(scales, own, strict=True)), expected, 1e-5
+    )
