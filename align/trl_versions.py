@@ -204,15 +204,12 @@ FusedCausalLMOutput = utils.FusedCausalLMOutput if FUSED_HEAD else _TokenOutput
 DPOTrainer = trl.DPOTrainer if FUSED_HEAD else _DPOTrainerOfLogits
 
 
-def add_missing_heads(*models: Any) -> None:
-    """Gives models the LM head that the installed TRL leaves out; those that have one stay as they are.
-
-    Args:
-        models: causal LMs, with or without PEFT, not in the wrapper of a distributed launch; or `None`.
-    """
-    for model in models:
+def add_missing_heads(trainer: trl.DPOTrainer) -> None:
+    """Gives policy and reference the LM head that TRL gives them since 1.15. Models that have one stay as they are."""
+    for model in (trainer.model, trainer.ref_model):
         if FUSED_HEAD or model is None:
             continue
+        model = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         if not hasattr(base.forward, "has_token_head"):
             _add_head_of_logits(base)

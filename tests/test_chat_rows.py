@@ -416,7 +416,8 @@ def test_tool_calls_train_with_trls_loss(tmp_path):
     for one in (ours, theirs):
         batch = one._prepare_inputs(one.data_collator([one.train_dataset[i] for i in range(5)]))
         losses.append(one.compute_loss(one.model, batch).item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and abs(losses[0] - 0.6931) > 1e-3
+    # The shared layout sums in another order.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and abs(losses[0] - 0.6931) > 1e-3
 
 
 def test_a_template_that_refuses_messages_without_calls():

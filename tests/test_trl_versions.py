@@ -1,5 +1,6 @@
 """Several versions of TRL: the window, the seams' check on an untested one, and what TRL 1.14 lacks."""
 
+import importlib.util
 import logging
 import os
 import re
@@ -208,6 +209,16 @@ def test_triton_s_version_is_refused_on_a_cpu(tmp_path, tokenizer, monkeypatch):
     for make in (dpo, partial(sft, GuardedSFTTrainer)):
         with pytest.raises(ConfigError, match=r'Triton, which does not run on cpu.*"trl>=1.14,<1.17,!=1.15.\*"'):
             make(tmp_path, tokenizer, model="no/such/model")
+
+
+def test_a_trl_that_renames_its_internals_is_named(monkeypatch):
+    monkeypatch.setattr(trl, "__version__", "1.99.0")
+    monkeypatch.delattr(trl_versions.utils, "get_config_model_id")
+    again = importlib.util.spec_from_file_location("align.again", trl_versions.__file__)
+    with pytest.raises(
+        ConfigError, match=r"TRL = 1.99.0 must be .*cannot import name 'get_config_model_id'.*pip install"
+    ):
+        again.loader.exec_module(importlib.util.module_from_spec(again))
 
 
 @pytest.mark.skipif(trl_versions.FUSED_HEAD, reason="since 1.15, TRL trains with Liger's layers and its own head")

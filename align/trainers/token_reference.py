@@ -64,7 +64,7 @@ class TokenReference(DPOTrainer):
     def _complete_model(self) -> None:
         """Does what TRL leaves out, before the first pass: within TRL's constructor, where that precomputes."""
         name_bias(self.model)
-        add_missing_heads(*map(self.accelerator.unwrap_model, filter(None, (self.model, self.ref_model))))
+        add_missing_heads(self)
         if self.args.disable_dropout:
             for model in filter(None, (self.model, self.ref_model)):
                 disable_functional_dropout(model)
