@@ -109,9 +109,11 @@ def make_model(spec: dict[str, Any], device: str, attention: str):
         spec.get("type", "llama"), **{"tie_word_embeddings": False} | spec["config"], max_position_embeddings=8704, pad_token_id=0,
         eos_token_id=1,
     )  # fmt: skip
+    # Experts one by one: the kernel that takes them at once is many times slower on a CPU.
+    experts = {"experts_implementation": "eager"} if device == "cpu" and "gpt_oss" == spec.get("type") else {}
     make = partial(
-        AutoModelForCausalLM.from_config, config, dtype=getattr(torch, spec["dtype"]), attn_implementation=attention
-    )
+        AutoModelForCausalLM.from_config, config, dtype=getattr(torch, spec["dtype"]), attn_implementation=attention, **experts
+    )  # fmt: skip
     if spec.get("quantization"):
         from align.models import quantization_config
 
