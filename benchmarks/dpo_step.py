@@ -5,7 +5,7 @@
 All three take the same pairs on the same weights (random ones), on a CPU in turn; a time is a median, a ratio one of medians. A
 step is the loss and its gradient, without the optimizer's update, which is the same for all. The floor is one
 forward and backward pass of the bare model on exactly the tokens that have to be computed, each once: rows of equal length,
-causal attention, no padding and no mask, the head on labelled positions alone; on a CPU all at once or in groups of about
+attention as the bare model has it, no padding and no mask of ours, the head on labelled positions alone, no loss of a router; on a CPU all at once or in groups of about
 1,024 tokens, with all logits at once or with our head, whichever is fastest. Peak memory is that of a process of its own (CPU), or of the allocator (CUDA).
 """
 
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -32,7 +33,7 @@ SHAPES = {
     "gsm8k": None,
     "4k": ((3000, 3000), (1000, 1096)),
 }
-#: Model -> configuration of a Llama, dtype, LoRA or not, quantization.
+#: Model -> configuration, and its type where that is not a Llama's; dtype, LoRA or not, quantization; attention where it has one kind.
 SMALL = {
     "hidden_size": 256,
     "intermediate_size": 683,
@@ -44,10 +45,20 @@ LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
     "vocab_size": 128256, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }  # fmt: skip
+#: Layers with a window of 128 (gpt-oss's own; Gemma 2's is 4,096, longer than these rows) and without in turn.
+ALTERNATING = {"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 3, "head_dim": 32}
+GEMMA2 = SMALL | ALTERNATING | {
+    "vocab_size": 32000, "num_key_value_heads": 4, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+}  # fmt: skip
+GPT_OSS = SMALL | ALTERNATING | {
+    "vocab_size": 32000, "num_key_value_heads": 2, "intermediate_size": 256, "num_local_experts": 16, "num_experts_per_tok": 4,
+}  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "small, V=400": {"config": SMALL | {"vocab_size": 400}, "dtype": "float32"},
     "small, V=32k": {"config": SMALL | {"vocab_size": 32000}, "dtype": "float32"},
     "small, V=32k, LoRA": {"config": SMALL | {"vocab_size": 32000}, "dtype": "float32", "lora": True},
+    "Gemma-2-like, V=32k": {"type": "gemma2", "config": GEMMA2, "dtype": "float32", "attention": "eager"},
+    "gpt-oss-like, V=32k": {"type": "gpt_oss", "config": GPT_OSS, "dtype": "float32", "attention": "eager"},
     "Llama-3-8B, LoRA": {"config": LLAMA_8B, "dtype": "bfloat16", "lora": True, "checkpointing": True},
     "Llama-3-8B, QLoRA": {
         "config": LLAMA_8B,
@@ -90,28 +101,32 @@ def slots_of(pair: dict) -> int:
 
 
 def make_model(spec: dict[str, Any], device: str, attention: str):
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        **{"tie_word_embeddings": False} | spec["config"], max_position_embeddings=8704, pad_token_id=0, eos_token_id=1,
-        attn_implementation=attention,
+    attention = spec.get("attention", attention)
+    config = AutoConfig.for_model(
+        spec.get("type", "llama"), **{"tie_word_embeddings": False} | spec["config"], max_position_embeddings=8704, pad_token_id=0,
+        eos_token_id=1,
+    )  # fmt: skip
+    # Experts one by one: the kernel that takes them at once is many times slower on a CPU.
+    experts = {"experts_implementation": "eager"} if device == "cpu" and "gpt_oss" == spec.get("type") else {}
+    make = partial(
+        AutoModelForCausalLM.from_config, config, dtype=getattr(torch, spec["dtype"]), attn_implementation=attention, **experts
     )  # fmt: skip
     if spec.get("quantization"):
-        from transformers import AutoModelForCausalLM
-
         from align.models import quantization_config
 
         with tempfile.TemporaryDirectory() as folder:
             with torch.device(device):
-                LlamaForCausalLM._from_config(config, dtype=getattr(torch, spec["dtype"])).save_pretrained(folder)
+                make().save_pretrained(folder)
             gc.collect()
             return AutoModelForCausalLM.from_pretrained(
                 folder, quantization_config=quantization_config(spec["quantization"], spec["dtype"]), device_map=device,
                 dtype=getattr(torch, spec["dtype"]), attn_implementation=attention,
             )  # fmt: skip
     with torch.device(device):
-        return LlamaForCausalLM._from_config(config, dtype=getattr(torch, spec["dtype"]), attn_implementation=attention)
+        return make()
 
 
 class Sides:
@@ -211,10 +226,12 @@ class Sides:
             for ids, positions in self.groups[how]:
                 hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[positions]
                 targets = ids.flatten()[(positions + 1).clamp(max=ids.numel() - 1)]
+                cap = getattr(base.config, "final_logit_softcapping", None)
                 if how.endswith("our head"):
-                    losses.append(-TokenLogProbs.apply(hidden, base.lm_head.weight, None, targets)[0].sum())
+                    losses.append(-TokenLogProbs.apply(hidden, base.lm_head.weight, None, targets, cap)[0].sum())
                 else:
                     logits = base.lm_head(hidden).float()
+                    logits = logits if cap is None else cap * torch.tanh(logits / cap)
                     losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
             loss = torch.stack(losses).sum()
         else:
@@ -236,9 +253,10 @@ class Sides:
         activations, 2 for that of trained weights; the head on labelled positions; attention from each token to what it sees."""
         base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         config = base.config
-        head_dim = config.hidden_size // config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         attention = config.hidden_size * (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * head_dim
-        linear = config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
+        experts = getattr(config, "num_experts_per_tok", 1)
+        linear = config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size * experts)
         head = config.hidden_size * config.vocab_size
         factor = 4 if hasattr(self.model, "peft_config") else 6
         tokens = labelled = scores = 0
