@@ -69,6 +69,7 @@ class Case:
             function with a parameter gets the family's folder.
         ours: values of our configuration alone, such as one that TRL's rows need.
         tolerance: how far numbers may lie apart.
+        raises: whether both raise the same error.
         after: called with the trainer after its training; what it returns is compared, too.
     """
 
@@ -81,6 +82,7 @@ class Case:
     trainer: Mapping[str, Any] = field(default_factory=dict)
     ours: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float = SHARED
+    raises: bool = False
     after: Callable[[Any], Any] | None = None
 
     def __str__(self) -> str:
@@ -127,7 +129,7 @@ def run(
         given = {"processing_class": family_tokenizer, **case.trainer}
         made = {name: _made(value, there) for name, value in given.items()}
         set_seed(0)
-        model = (case.model or load)(there)
+        model = _made(case.model or load, there)
         set_seed(0)
         trainer = trainer_class(model, args=args, train_dataset=(case.data or default_data)(), **made)
         before = _trainable(trainer.model)
@@ -224,8 +226,9 @@ def check(
     found = difference(first, second, case.tolerance)
     if case.name not in DIFFERENCES:
         assert found is None, f"{case.name} differs and has no row in DIFFERENCES: {found}"
+        assert (first.error is not None) == case.raises, f"{case.name}: {first.error!r}, and raises = {case.raises}"
         # Two runs that learn nothing are equal whatever they do.
-        assert first.error is not None or first.moved, f"{case.name} trains nothing"
+        assert case.raises or first.moved, f"{case.name} trains nothing"
         return
     kind, _ = DIFFERENCES[case.name]
     assert found is not None, f"{case.name} is equal: remove its row from DIFFERENCES"

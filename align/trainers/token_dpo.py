@@ -24,6 +24,7 @@ from ..safety import no_pickles
 from ..tokens import CompletionRule, label_values, pad_rows, shift_to_labels, truncate
 from .adapters import check_layers, checked_layers
 from .loading import (
+    check_without_images,
     config_of,
     default_output,
     name_of_tokenizer,
