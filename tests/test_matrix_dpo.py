@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
-from differential import DIFFERENCES, Case, check, differ
+from differential import DIFFERENCES, PADDED, Case, check, differ
 from families import FAMILIES, family_tokenizer, multimodal_folder, multimodal_processor
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -267,7 +267,10 @@ TRAINING = [
     Case("liger fused loss", {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}}, raises=True),
     Case("adamw", {"optim": "adamw_torch", "learning_rate": 1e-4}, tolerance=1e-4),
     Case("bf16", {"bf16": True}, tolerance=0.1),
+    Case("bf16, padded rows", {"bf16": True}, ours={"prefix_sharing": False}, tolerance=PADDED),
     Case("model in bfloat16", model=half, tolerance=0.1),
+    Case("model in bfloat16, padded rows", model=half, ours={"prefix_sharing": False}, tolerance=PADDED),
+    Case("padded rows", ours={"prefix_sharing": False}, tolerance=PADDED),
     Case("dropout", {"disable_dropout": False}, model=dropping),
     Case("dropout disabled", model=dropping),
     Case("evaluation", {"eval_strategy": "steps", "eval_steps": 2}, trainer={"eval_dataset": text}),
@@ -436,7 +439,7 @@ differ(
 
 #: One case of each kind; the others are minutes rather than seconds.
 QUICK = {
-    "plain", "losses MPO", "loss aot", "use_weighting", "ld_alpha ipo", "divergence hinge", "loss unknown", "max_length 16",
+    "plain", "padded rows", "bf16, padded rows", "losses MPO", "loss aot", "use_weighting", "ld_alpha ipo", "divergence hinge", "loss unknown", "max_length 16",
     "max_length 16, keep_end", "pad_to_multiple_of", "pad_token unknown", "precompute", "precompute a stream", "ref_model ipo",
     "sync_ref_model", "adapted before", "gradient_accumulation", "gradient_checkpointing", "evaluation of a dict",
     "compute_metrics", "neftune", "dropout disabled", "data_collator of TRL", "LoRA, dropout on", "LoRA, head", "DoRA",
