@@ -89,7 +89,7 @@ def test_full_fine_tuning_equals_trl(tmp_path, tokenizer, name):
         for model in (wider, tiny(name))
     )
     assert (max(abs(a - b) for a, b in zip(wider, plain, strict=True)) > 1e-3) == (
-        name in WINDOWED or name in ("gpt-oss", "mixtral, window")
+        name in WINDOWED or name in ("gpt_oss", "mixtral, window")
     )
 
 
@@ -109,7 +109,7 @@ def test_eager_attention_equals_trl(tmp_path, tokenizer, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mistral", "gemma2", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "qwen3_moe"])
 def test_flex_attention_evaluates_the_same(tmp_path, tokenizer, name):
     """Its backward pass needs a GPU."""
     pairs, losses = long_pairs(), []
@@ -322,7 +322,7 @@ def test_a_router_loss_of_another_kind_is_named_where_it_is_on(tmp_path, tokeniz
     assert shares or "MixtralForCausalLM gives another router loss" in messages[0]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_without_the_router_loss(tmp_path, tokenizer, name):
     """Also where the configuration asks for the router's numbers."""
     _, metrics = assert_equal_to_trl(
@@ -339,8 +339,8 @@ def test_the_router_loss_of_evaluation(tmp_path, tokenizer):
             tmp_path,
             tokenizer,
             cls,
-            moved(tiny("qwen3-moe")),
-            tiny("qwen3-moe"),
+            moved(tiny("qwen3_moe")),
+            tiny("qwen3_moe"),
             long_pairs(),
             router_aux_loss_coef=3.0,
         )
@@ -352,7 +352,7 @@ def test_the_router_loss_of_evaluation(tmp_path, tokenizer):
 def test_passes_of_a_budget_add_up(tmp_path, tokenizer):
     """Windows and experts, without the router's loss, which takes all of a batch."""
     widths = []
-    for name in ("gemma3", "gpt-oss"):
+    for name in ("gemma3", "gpt_oss"):
         results = []
         for budget in (None, 90):
             trainer, *_ = step(

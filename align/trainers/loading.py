@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from accelerate.logging import get_logger
+from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from ..damage import whole_folders
 from ..errors import ConfigError
 from ..hub import check_source, source_of
-from ..models import base_model
+from ..models import base_model, load_tokenizer
 from ..trl_versions import get_config_model_id
 
 if TYPE_CHECKING:
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
     from trl import DPOConfig, SFTConfig
+
+logger = get_logger(__name__)
 
 
 def source_of_trainer(args: DPOConfig | SFTConfig) -> dict[str, Any]:
@@ -29,6 +35,61 @@ def source_of_trainer(args: DPOConfig | SFTConfig) -> dict[str, Any]:
 def model_name(model: Any) -> str:
     """A model's folder or hub name, of what was loaded too."""
     return model if isinstance(model, str) else get_config_model_id(model.config)
+
+
+def default_output(model: Any, trainer: type) -> str:
+    """The folder of a trainer without `args`: as in TRL, the model's name and the method's."""
+    return f"{model_name(model).split('/')[-1]}-{trainer.__name__.removesuffix('Trainer')}"
+
+
+def processing_class_of(model: Any, args: DPOConfig) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """A model's own processor, or its tokenizer where it has none: what TRL loads, so that both are saved alike.
+
+    Raises:
+        ConfigError: the model has no name.
+        AlignError: see `align.load_tokenizer`.
+    """
+    name, source = name_of_tokenizer(model), source_of_trainer(args)
+    tokenizer = load_tokenizer(name, **source)
+    if type(config_of(model, args)) not in PROCESSOR_MAPPING:
+        return tokenizer
+    try:
+        return AutoProcessor.from_pretrained(name, **source)
+    except (ImportError, OSError, ValueError) as error:
+        logger.warning(f"{name}: the processor cannot be loaded ({error}); its tokenizer alone is used, and saved")
+        return tokenizer
+
+
+def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that is given, or the one of a processor.
+
+    Raises:
+        TypeError: it is neither, in TRL's words.
+    """
+    found = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+    if not isinstance(found, PreTrainedTokenizerBase):
+        raise TypeError("The `processing_class` must be either a `PreTrainedTokenizerBase` or a `ProcessorMixin`")
+    return found
+
+
+def check_without_images(processing_class: Any, columns: Collection[str], name: str) -> None:
+    """Raises a ConfigError where a processor would read images; without one, TRL refuses them itself."""
+    if isinstance(processing_class, ProcessorMixin) and (images := {"image", "images"} & set(columns)):
+        raise ConfigError(
+            f"train data set: column {min(images)} has images, and {name} trains on text alone; remove the column, or train with TRL"
+        )
+
+
+def set_pad_token(tokenizer: PreTrainedTokenizerBase, args: DPOConfig) -> None:
+    """Give a tokenizer the padding token that the configuration names.
+
+    Raises:
+        ConfigError: it is not in the vocabulary; transformers would add it, and the model has no place for its id.
+    """
+    token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
+    if token not in tokenizer.get_vocab():
+        raise ConfigError(f"pad_token = {token!r} must be in the tokenizer's vocabulary; name one of its tokens")
+    tokenizer.pad_token = token
 
 
 def name_of_tokenizer(model: Any) -> str:
