@@ -3,6 +3,7 @@ transformers' is here, others are in `engines.py`."""
 
 from __future__ import annotations
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_left
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checks import check_seed, check_temperature, check_whole
 from .errors import ConfigError, RecordError
-from .models import vocab_size
+from .models import base_model, cache_name, prompt_learning, vocab_size, without_router_loss
 from .positions import position_limit
 from .records import Record, check_records
 from .stages import records_hash, run_in_parts
@@ -21,7 +22,8 @@ from .tokens import add_eos, decode_completion, encode_problem, end_ids_of, firs
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 #: Of one prompt: per draw the completion's ids, EOS included where it ended, and the finish reason (`stop`, `length`).
 Draws = list[tuple[list[int], str]]
@@ -284,10 +286,61 @@ def run_generate(
     device = inputs["input_ids"].device
     more = {"tokenizer": tokenizer} if config.stop else {}
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with torch.inference_mode(), forked, without_generation_config(model):
+    with torch.inference_mode(), forked:
         torch.manual_seed(seed)
-        # Not in step with other processes, which draw batches of their own.
-        return model.generate(**inputs, generation_config=options, synced_gpus=False, **more)
+        return generate_ids(model, options, **inputs, **more)
+
+
+def generate_ids(model: PreTrainedModel, options: GenerationConfig, **inputs: Any) -> torch.Tensor:
+    """transformers' `generate` with `options` alone.
+
+    Args:
+        inputs: what it is given, `input_ids` (B, L) and `attention_mask` among it.
+
+    Returns:
+        (B · n, L') ids, the given ones included.
+    """
+    # Not in step with other processes, which draw batches of their own.
+    with without_generation_config(model), without_router_loss(model):
+        if prompt_learning(model) is None:
+            return model.generate(**inputs, generation_config=options, synced_gpus=False)
+        return _generate_behind_virtual_tokens(model, options, **inputs)
+
+
+def _generate_behind_virtual_tokens(
+    model: PeftModel, options: GenerationConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor, **others: Any
+) -> torch.Tensor:
+    """`generate` of the bare model, whose cache has the virtual tokens of a prompt-learning adapter. PEFT's own leaves them out of
+    the positions, and a prefix out of everything."""
+    import torch
+    from transformers import GenerationMixin
+
+    copies = options.num_return_sequences or 1  # `generate` repeats rows, but not a cache
+    input_ids, attention_mask = (each.repeat_interleave(copies, 0) for each in (input_ids, attention_mask))
+    options = copy.copy(options)
+    options.num_return_sequences = 1
+    base, rows = base_model(model), len(input_ids)
+    virtual = prompt_learning(model).num_virtual_tokens
+    prompt = model.get_prompt(batch_size=rows, max_cache_len=-1)
+    if isinstance(prompt, torch.Tensor):
+        embeddings = prompt.to(model.get_input_embeddings().weight.dtype)
+        prompt = base(inputs_embeds=embeddings, use_cache=True)[cache_name(type(base).forward)]
+
+    def before(given: Sequence[Any]) -> list[Any]:
+        """Criteria and processors, which count the tokens that they see."""
+        return [lambda ids, scores, each=each, **more: each(ids[:, virtual:], scores, **more) for each in given]
+
+    others |= {
+        name: type(others[name])(before(others[name]))
+        for name in ("logits_processor", "stopping_criteria")
+        if name in others
+    }
+    # The ids of what a cache holds are not read.
+    ids = torch.cat((input_ids[:, :1].expand(-1, virtual), input_ids), 1)
+    mask = torch.cat((attention_mask.new_ones(rows, virtual), attention_mask), 1)
+    others[cache_name(GenerationMixin.prepare_inputs_for_generation)] = prompt
+    drawn = base.generate(input_ids=ids, attention_mask=mask, generation_config=options, synced_gpus=False, **others)
+    return drawn[:, virtual:]
 
 
 @contextmanager
