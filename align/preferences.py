@@ -14,7 +14,7 @@ from .prompts import PROMPT_COLUMNS, Phrasing, phrase, without_nulls
 from .records import Record, check_prompt, is_empty, row_name
 from .sources import load_rows, row_id
 from .stages import file_hash, is_complete, read_manifest, run_in_parts
-from .tokens import CompletionRule, encode_pair
+from .tokens import CompletionRule, encode_pair, with_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ def tokenize_pairs(
     """The stage `align tokenize`: writes pair records of a preference data set.
 
     A row has `prompt` (or `question`, `problem`, `instruction`), `chosen` and `rejected`, each as text or as messages;
-    messages of `chosen` and `rejected` may begin with the prompt's.
+    messages of `chosen` and `rejected` may begin with the prompt's, and so may their text where a row has no prompt's column.
 
     Args:
         source, split, subset: see `align.sources.load_rows`.
@@ -90,7 +90,7 @@ def tokenize_pairs(
             found = _to_pair(row, name, how)
             reason = _reason_to_drop(found)
             if reason is None:
-                found |= encode_pair(tokenizer, found, name, rule)
+                found |= encode_pair(tokenizer, found, name, rule, _is_implicit(row))
                 # Texts that differ can have equal ids: templates strip white space.
                 reason = "equal" if found["chosen_ids"] == found["rejected_ids"] else None
                 if max_prompt_length is not None and len(found["prompt_ids"]) > max_prompt_length:
@@ -128,8 +128,16 @@ def _to_pair(row: Record, name: str, how: Phrasing) -> Record:
         pair, column = _without_prompt(row, pair, name), "chosen"
     elif column:
         pair["prompt"] = row[column]
-    else:
+    elif not _is_implicit(row):
         raise MissingColumnError(f"{name}: no prompt; one of the columns {', '.join(PROMPT_COLUMNS)} is needed")
+    elif how.chat:
+        raise ConfigError(
+            f"{name}: chat needs a prompt apart from the answers, and chosen begins with it; give a column 'prompt', or messages"
+        )
+    elif is_empty(pair["chosen"]) or is_empty(pair["rejected"]):
+        return pair  # counted, and left out
+    else:
+        pair, column = with_prompt(pair, name), "chosen"
     was_text = isinstance(pair["prompt"], str)
     pair |= phrase(row, pair["prompt"], name, how, column)
     if was_text and how.chat:
@@ -137,6 +145,11 @@ def _to_pair(row: Record, name: str, how: Phrasing) -> Record:
             if isinstance(pair[side], str):
                 pair[side] = [{"role": "assistant", "content": pair[side]}] if pair[side] else ""
     return pair
+
+
+def _is_implicit(row: Mapping[str, Any]) -> bool:
+    """Whether a row of text has no column for its prompt, which its answers then begin with."""
+    return isinstance(row["chosen"], str) and not any(column in row for column in PROMPT_COLUMNS)
 
 
 def _without_prompt(row: Record, pair: Record, name: str) -> Record:

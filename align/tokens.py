@@ -213,11 +213,24 @@ def _text_ids(tokenizer, text: str, name: str, **kwargs) -> list[int]:
     return ids[1:] if twice else ids
 
 
-def _text_completion_ids(tokenizer, prompt: str, completion: str, prompt_ids: list[int], name: str) -> list[int]:
+def _whole_text_ids(tokenizer, prompt: str, completion: str, name: str) -> list[int]:
     together = _text_ids(tokenizer, prompt + completion, name)
     if together[-1:] == [tokenizer.eos_token_id] and not completion.endswith(tokenizer.eos_token):
         together = together[:-1]
+    return together
+
+
+def _text_completion_ids(tokenizer, prompt: str, completion: str, prompt_ids: list[int], name: str) -> list[int]:
+    together = _whole_text_ids(tokenizer, prompt, completion, name)
     return _apart(tokenizer, prompt_ids, prompt, completion, together, name)
+
+
+def _shared_text(
+    tokenizer, prompt: str, prompt_ids: list[int], completions: Mapping[str, str], names: Mapping[str, str]
+) -> list[int]:
+    """What a text prompt's ids have in common with those of all texts that it begins."""
+    wholes = [_whole_text_ids(tokenizer, prompt, one, names[side]) for side, one in completions.items()]
+    return commonprefix([prompt_ids, *wholes])
 
 
 def _apart(tokenizer, prompt_ids: list[int], prompt: str, completion: str, together: list[int], name: str) -> list[int]:
@@ -441,6 +454,7 @@ def encode_row(
     name: str,
     template: Mapping[str, Any] | None = None,
     rule: CompletionRule | None = None,
+    implicit: bool = False,
 ) -> tuple[list[int], dict[str, list[int]]]:
     """Ids of a prompt and of completions that follow it, ended by the rule.
 
@@ -457,6 +471,8 @@ def encode_row(
         name: how an error names the row.
         template: see `encode_prompt`.
         rule: what completions end with; by default the tokenizer's own, see `CompletionRule.of`.
+        implicit: the prompt is what both texts begin with, which may end within a word. Then its ids end where those of the
+            whole texts part, as in TRL; so they do with `trl_completions`.
 
     Raises:
         RecordError: a completion is empty, has turns of others than the assistant, or goes on after its end; no ids decode
@@ -467,6 +483,8 @@ def encode_row(
     names = {side: f"{name}: {side}" for side in completions}
     completions = {side: _checked(prompt, one, names[side], rule) for side, one in completions.items()}
     if isinstance(prompt, str):
+        if implicit or rule.trl:
+            prompt_ids = _shared_text(tokenizer, prompt, prompt_ids, completions, names)
         found = {
             s: _text_completion_ids(tokenizer, prompt, one, prompt_ids, names[s]) for s, one in completions.items()
         }
@@ -553,15 +571,22 @@ def encode_completion(
 
 
 def encode_pair(
-    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], name: str, rule: CompletionRule | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    row: Mapping[str, Any],
+    name: str,
+    rule: CompletionRule | None = None,
+    implicit: bool = False,
 ) -> dict[str, list[int]]:
     """`prompt_ids`, `chosen_ids` and `rejected_ids` of a preference row of text or messages.
 
-    A conversational row without `prompt` has it as the messages that chosen and rejected begin with (TRL's implicit
-    prompt). Its `tools` (a list, or JSON text of one) and `chat_template_kwargs` reach the chat template, as in TRL.
+    A row without `prompt` has it as the text or the messages that chosen and rejected begin with (TRL's implicit prompt). Its
+    `tools` (a list, or JSON text of one) and `chat_template_kwargs` reach the chat template, as in TRL.
+
+    Args:
+        implicit: the row had no prompt before; see `encode_row`.
 
     Raises:
-        MissingColumnError: `chosen`, `rejected`, or a text row's `prompt` is missing.
+        MissingColumnError: `chosen` or `rejected` is missing, or a row of text has a column `prompt` that is empty.
         RecordError: see `encode_row`.
     """
     for column in ("chosen", "rejected"):
@@ -570,18 +595,37 @@ def encode_pair(
                 f"{name}: column {column!r} is missing; a preference row has prompt, chosen, rejected"
             )
     if row.get("prompt") is None:
-        if isinstance(row["chosen"], str):
-            raise MissingColumnError(f"{name}: column 'prompt' is missing; text completions need it")
-        from trl.data_utils import extract_prompt
-
-        for side in ("chosen", "rejected"):
-            check_prompt(row[side], name, side)
-            if isinstance(row[side], str):
-                raise RecordError(f"{name}: chosen is messages, {side} is text; give both alike")
-        row = extract_prompt(dict(row))
+        row, implicit = {**row, **with_prompt(row, name)}, True
     completions = {side: row[side] for side in ("chosen", "rejected")}
-    prompt_ids, ids = encode_row(tokenizer, row["prompt"], completions, name, template_arguments(row, name), rule)
+    template = template_arguments(row, name)
+    prompt_ids, ids = encode_row(tokenizer, row["prompt"], completions, name, template, rule, implicit)
     return {"prompt_ids": prompt_ids, **{f"{side}_ids": ids[side] for side in completions}}
+
+
+def with_prompt(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """`prompt`, `chosen` and `rejected` of a row whose texts, or whose messages, begin with the prompt: TRL's `extract_prompt`.
+
+    Raises:
+        MissingColumnError: the row is text, and has an empty column `prompt`: its completions may not begin with it.
+        RecordError: the sides are not alike, or do not begin alike.
+    """
+    from trl.data_utils import extract_prompt
+
+    chosen, rejected = (row[side] for side in ("chosen", "rejected"))
+    if isinstance(chosen, str) and "prompt" in row:
+        raise MissingColumnError(
+            f"{name}: column 'prompt' is empty; fill it, or remove the column if chosen and rejected begin with the prompt"
+        )
+    for side in ("chosen", "rejected"):
+        check_prompt(row[side], name, side)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        kinds = ["text" if isinstance(one, str) else "messages" for one in (chosen, rejected)]
+        raise RecordError(f"{name}: chosen is {kinds[0]}, rejected is {kinds[1]}; give both alike")
+    if not chosen or not rejected or chosen[0] != rejected[0]:
+        raise RecordError(
+            f"{name}: chosen and rejected must begin with the same prompt, and differ from their start; give a column 'prompt'"
+        )
+    return extract_prompt({"chosen": chosen, "rejected": rejected})
 
 
 def encode_problem(tokenizer: PreTrainedTokenizerBase, problem: Mapping[str, Any], name: str) -> list[int]:

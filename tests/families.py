@@ -61,12 +61,57 @@ def family_folder(family: str, **changed) -> str:
     """
     name, own = FAMILIES[family]
     torch.manual_seed(0)
-    config = getattr(transformers, name)(**SHAPE, **own, **changed)
+    config = getattr(transformers, name)(**{**SHAPE, **own, **changed})
     model = transformers.AutoModelForCausalLM.from_config(config)
     folder = _root() / f"{family}-{len(list(_root().iterdir()))}"
     model.save_pretrained(folder)
     family_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@cache
+def multimodal_folder() -> str:
+    """A saved model that also reads images, a Gemma 3, with its processor."""
+    torch.manual_seed(0)
+    folder = str(_root() / "multimodal")
+    processor = _new_processor()
+    ids = dict(zip(IMAGE_TOKENS, processor.tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS.values())), strict=True))
+    config = transformers.Gemma3Config(
+        text_config={**SHAPE, "vocab_size": len(processor.tokenizer), "head_dim": 8},
+        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                       "image_size": 16, "patch_size": 4},
+        mm_tokens_per_image=4, image_token_index=ids["image_token"], boi_token_index=ids["boi_token"],
+        eoi_token_index=ids["eoi_token"],
+    )  # fmt: skip
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+IMAGE_TOKENS = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
+
+
+def _new_processor() -> transformers.ProcessorMixin:
+    plain = byte_level_tokenizer(chat=True)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain._tokenizer, eos_token=plain.eos_token, pad_token=plain.pad_token,
+        extra_special_tokens=IMAGE_TOKENS,
+    )  # fmt: skip
+    images = transformers.Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+    return transformers.Gemma3Processor(images, tokenizer, chat_template=PARTS_TEMPLATE, image_seq_length=4)
+
+
+#: Messages in parts, as processors get them.
+PARTS_TEMPLATE = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+
+
+def multimodal_processor() -> transformers.ProcessorMixin:
+    """A new processor each time."""
+    return transformers.AutoProcessor.from_pretrained(multimodal_folder())
 
 
 @cache

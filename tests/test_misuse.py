@@ -141,7 +141,8 @@ def test_a_collator_that_drops_the_weights_is_refused(tmp_path, tokenizer):
     with pytest.raises(ConfigError, match="plain DPO would be trained"):
         TokenDPOTrainer(
             tiny_llama(), args=TokenDPOConfig(**options(tmp_path)), processing_class=tokenizer,
-            data_collator=DataCollatorForPreference(pad_token_id=0), train_dataset=Dataset.from_list(random_pairs(2)),
+            data_collator=DataCollatorForPreference(pad_token_id=0),
+            train_dataset=Dataset.from_list(random_pairs(2, columns=("weights",))),
         )  # fmt: skip
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
 from ..damage import whole_folders
@@ -30,6 +31,43 @@ def source_of_trainer(args: DPOConfig | SFTConfig) -> dict[str, Any]:
 def model_name(model: Any) -> str:
     """A model's folder or hub name, of what was loaded too."""
     return model if isinstance(model, str) else get_config_model_id(model.config)
+
+
+def default_output(model: Any, trainer: type) -> str:
+    """The folder of a trainer without `args`: as in TRL, the model's name and the method's."""
+    return f"{model_name(model).split('/')[-1]}-{trainer.__name__.removesuffix('Trainer')}"
+
+
+def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that is given, or the one of a processor.
+
+    Raises:
+        TypeError: it is neither, in TRL's words.
+    """
+    found = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+    if not isinstance(found, PreTrainedTokenizerBase):
+        raise TypeError("The `processing_class` must be either a `PreTrainedTokenizerBase` or a `ProcessorMixin`")
+    return found
+
+
+def check_without_images(processing_class: Any, columns: Collection[str], name: str) -> None:
+    """Raises a ConfigError where a processor would read images; without one, TRL refuses them itself."""
+    if isinstance(processing_class, ProcessorMixin) and (images := {"image", "images"} & set(columns)):
+        raise ConfigError(
+            f"train data set: column {min(images)} has images, and {name} trains on text alone; remove the column, or train with TRL"
+        )
+
+
+def set_pad_token(tokenizer: PreTrainedTokenizerBase, args: DPOConfig) -> None:
+    """Give a tokenizer the padding token that the configuration names.
+
+    Raises:
+        ConfigError: it is not in the vocabulary; transformers would add it, and the model has no place for its id.
+    """
+    token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
+    if token not in tokenizer.get_vocab():
+        raise ConfigError(f"pad_token = {token!r} must be in the tokenizer's vocabulary; name one of its tokens")
+    tokenizer.pad_token = token
 
 
 def name_of_tokenizer(model: Any) -> str:

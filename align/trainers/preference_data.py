@@ -11,11 +11,11 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from trl.trainer.utils import global_then_local_main_first
 
-from ..errors import MissingColumnError, RecordError
+from ..errors import ConfigError, MissingColumnError, RecordError
 from ..prompts import check_used
 from ..records import PROBABILITIES, TOKEN_COLUMNS, check_token_columns, row_name
 from ..tokens import CompletionRule, check_pair_ids, encode_pair, truncate_completion
-from .row_data import lengths_of, numbers_of, tables_of
+from .row_data import lengths_of, numbers_of, plain_rows, tables_of
 
 logger = get_logger(__name__)
 
@@ -30,10 +30,12 @@ DROPPED = {
 
 
 def column_names(dataset: Dataset | IterableDataset | None) -> list[str]:
-    """Names of a data set's columns; a stream that does not declare them is asked for its first row."""
+    """Names of the columns that a data set's rows have; see `plain_rows`. Where it does not declare them, as with a stream or a
+    transform, its first row does."""
     if dataset is None:
         return []
-    return dataset.column_names or list(next(iter(dataset), {}))
+    seen = dataset.format if isinstance(dataset, Dataset) else {"type": None, "columns": dataset.column_names}
+    return (seen["type"] != "custom" and seen["columns"]) or list(next(iter(dataset), {}))
 
 
 def has_reference(dataset: Any) -> bool:
@@ -42,6 +44,15 @@ def has_reference(dataset: Any) -> bool:
         return False
     names = column_names(dataset)
     return all(f"{side}_ref_logps" in names for side in SIDES)
+
+
+def check_precomputable(dataset: Any, name: str) -> None:
+    """Raises a ConfigError where the reference's numbers of a stream are to be computed beforehand."""
+    if isinstance(dataset, IterableDataset) and not has_reference(dataset):
+        raise ConfigError(
+            f"{name} data set: precompute_ref_log_probs=True is not supported with IterableDataset, whose rows are not kept; give a "
+            "datasets.Dataset, or unset it, and leave the training data's reference columns out"
+        )
 
 
 def prepare_preference_dataset(
@@ -74,6 +85,7 @@ def prepare_preference_dataset(
     Raises:
         MissingColumnError, RecordError: naming the row, the value and the remedy.
     """
+    dataset = plain_rows(dataset)
     names = column_names(dataset)
     stream = isinstance(dataset, IterableDataset)
     token_level = [f"{side}_{column}" for side in SIDES for column in TOKEN_COLUMNS if f"{side}_{column}" in names]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 import pyarrow
 import pyarrow.compute
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from ..atomic import atomic_path
 from ..errors import RecordError, RecordFileError
@@ -88,6 +88,23 @@ def _column(rows: Sequence[Record], name: str, start: int) -> pyarrow.Array:
         raise RecordError(
             f"rows {start} to {start + len(rows) - 1}: {name} has values of different types ({error}); mend them"
         ) from None
+
+
+def plain_rows(dataset: Any) -> Any:
+    """The rows that whoever reads a data set gets, as Python values: without its format, and without columns that this hides.
+
+    A transform (`set_transform`) has made them once, since the columns that it makes are not the data set's own.
+    """
+    if isinstance(dataset, IterableDataset):
+        return dataset.with_format(None)
+    if not isinstance(dataset, Dataset):
+        return dataset
+    seen = dataset.format
+    if seen["type"] == "custom":
+        return dataset.map(dict, remove_columns=dataset.column_names).with_format(None)
+    if len(seen["columns"]) < len(dataset.column_names):
+        dataset = dataset.select_columns(seen["columns"])
+    return dataset if seen["type"] is None else dataset.with_format(None)
 
 
 def tables_of(dataset: Dataset, columns: Sequence[str]) -> Iterator[pyarrow.Table]:

@@ -23,9 +23,19 @@ from ..processes import check_group
 from ..safety import no_pickles
 from ..tokens import CompletionRule, label_values, pad_rows, shift_to_labels, truncate
 from .adapters import check_layers, checked_layers
-from .loading import config_of, model_name, name_of_tokenizer, source_of_trainer, whole_source, with_revision
+from .loading import (
+    check_without_images,
+    config_of,
+    default_output,
+    name_of_tokenizer,
+    set_pad_token,
+    source_of_trainer,
+    tokenizer_of,
+    whole_source,
+    with_revision,
+)  # fmt: skip
 from .longest import LongestBatch, longest_pairs
-from .preference_data import SIDES, has_reference, prepare_preference_dataset
+from .preference_data import SIDES, check_precomputable, column_names, has_reference, prepare_preference_dataset
 from .prefix_sharing import PaddedRows, PrefixSharing, layout_of
 from .preflight import Preflight
 from .reference_check import check_reference_columns
@@ -206,10 +216,11 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
 
     def __init__(
         self, model, ref_model=None, args=None, data_collator=None, train_dataset=None, eval_dataset=None,
-        processing_class=None, **kwargs,
+        processing_class=None, compute_metrics=None, callbacks=None, optimizers=(None, None), quantization_config=None,
+        peft_config=None,
     ) -> None:  # fmt: skip
         if args is None:
-            args = self.config_class(f"{model_name(model).split('/')[-1]}-{self._name}")
+            args = self.config_class(default_output(model, type(self)))
         if not isinstance(args, self.config_class):
             raise ConfigError(
                 f"args is a {type(args).__name__}; {type(self).__name__} needs {self.config_class.__name__}"
@@ -219,17 +230,14 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
             check_not_empty(dataset, dataset_name)
         if processing_class is None:
             processing_class = load_tokenizer(name_of_tokenizer(model), **source_of_trainer(args))
-        if not hasattr(processing_class, "pad_token"):
-            raise ConfigError(f"{type(self).__name__} trains language models without images; give a tokenizer")
+        tokenizer = tokenizer_of(processing_class)
+        check_without_images(processing_class, column_names(train_dataset), type(self).__name__)
         if data_collator is not None and not isinstance(data_collator, TokenPreferenceCollator):
-            raise ConfigError(
-                f"data_collator is a {type(data_collator).__name__}, which leaves token-level columns out of the batch, and "
-                "plain DPO would be trained; derive it from TokenPreferenceCollator"
-            )
+            self._check_plain_collator(data_collator, args, train_dataset, eval_dataset)
         if data_collator is None:
-            processing_class.pad_token = args.pad_token or processing_class.pad_token or processing_class.eos_token
+            set_pad_token(tokenizer, args)
             data_collator = TokenPreferenceCollator(
-                pad_token_id=processing_class.pad_token_id,
+                pad_token_id=tokenizer.pad_token_id,
                 max_length=args.max_length,
                 truncation_mode=args.truncation_mode,
                 pad_to_multiple_of=args.pad_to_multiple_of,
@@ -240,23 +248,26 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         #: Rows, dropped and truncated rows of every data set, by its name.
         self.data_report: dict[str, dict[str, int]] = {}
         self._rule = CompletionRule.of(
-            processing_class, getattr(model, "generation_config", model), args.trl_completions, source_of_trainer(args)
+            tokenizer, getattr(model, "generation_config", model), args.trl_completions, source_of_trainer(args)
         )
         if isinstance(ref_model, str):
             raise ConfigError(f"ref_model = {ref_model!r} must be a model; load it, as with align.load_model")
         models = [model] if ref_model is None else [model, ref_model]
-        self._vocabulary = min(len(processing_class), *(_vocab_size(each, args) for each in models))
+        self._vocabulary = min(len(tokenizer), *(_vocab_size(each, args) for each in models))
         stored = has_reference(train_dataset)
         if stored and ref_model is not None:
             raise ConfigError(
                 "the data set has reference log-probabilities and ref_model is given; leave one of them out"
             )
-        kwargs["peft_config"] = with_revision(kwargs.get("peft_config"), model, args)
-        adapted = kwargs["peft_config"] is not None or isinstance(model, PeftModel)
+        peft_config = with_revision(peft_config, model, args)
+        adapted = peft_config is not None or isinstance(model, PeftModel)
         # In full fine-tuning, stored references stand in for TRL's precomputed sums, so that it loads no second model.
         args = copy.copy(args)  # the caller's own may serve another trainer
         args.precompute_ref_log_probs = args.precompute_ref_log_probs or (stored and not adapted)
-        if kwargs["peft_config"] is None:
+        if args.precompute_ref_log_probs:
+            for dataset_name, dataset in data_sets(train_dataset, eval_dataset):
+                check_precomputable(dataset, dataset_name)
+        if peft_config is None:
             check_offloaded(model)
         copied = ref_model is None and not adapted and self._copies_reference(model, args)
         if copied:
@@ -268,11 +279,12 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
             no_pickles(model, ref_model, subfolder=source_of_trainer(args).get("subfolder")),
             whole_folders(model, ref_model),
             whole_source(model, args),
-            checked_layers(kwargs["peft_config"]) as layers,
+            checked_layers(peft_config) as layers,
         ):
             super().__init__(
                 model=model, ref_model=ref_model, args=args, data_collator=data_collator, train_dataset=train_dataset,
-                eval_dataset=eval_dataset, processing_class=processing_class, **kwargs,
+                eval_dataset=eval_dataset, processing_class=processing_class, compute_metrics=compute_metrics, callbacks=callbacks,
+                optimizers=optimizers, quantization_config=quantization_config, peft_config=peft_config,
             )  # fmt: skip
         if not isinstance(model, str) and ref_model is None and self.ref_model is not None:
             copy_partitioned(model, self.ref_model)
@@ -293,6 +305,19 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         self._constant_weights.look_at_rows()
         if stored and args.check_reference and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             check_reference_columns(self)
+
+    def _check_plain_collator(self, collator: Any, args: TokenDPOConfig, train: Any, evaluation: Any) -> None:
+        """Raises a ConfigError where a collator that leaves token-level columns out of the batch would have some to leave out."""
+        columns = [f"{side}_{column}" for side in SIDES for column in (*self.token_columns, "ref_logps")]
+        there = [
+            name for _, dataset in data_sets(train, evaluation) for name in column_names(dataset) if name in columns
+        ]
+        if there or args.precompute_ref_log_probs:
+            given = there[0] if there else "precompute_ref_log_probs=True"
+            raise ConfigError(
+                f"data_collator is a {type(collator).__name__}, which leaves token-level columns ({given}) out of the batch, and plain "
+                "DPO would be trained; derive it from TokenPreferenceCollator"
+            )
 
     @staticmethod
     def _copies_reference(model, args: TokenDPOConfig) -> bool:
@@ -342,7 +367,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         check_not_empty(dataset, dataset_name)
         dataset, self.data_report[dataset_name] = prepare_preference_dataset(
             dataset,
-            processing_class,
+            self._tokenizer,
             args,
             dataset_name,
             self._vocabulary,

@@ -14,7 +14,7 @@ from trl.models import prepare_deepspeed
 from ..progress import progress
 from ..tokens import shift_to_labels, truncate
 from .loading import disable_functional_dropout, name_bias
-from .preference_data import SIDES, has_reference, pad_columns
+from .preference_data import SIDES, check_precomputable, has_reference, pad_columns
 from .reference_cache import ReferenceCache, default_folder, row_key, weights_key
 from .reference_model import complete_reference_adapter
 from .row_checks import check_pair_lengths
@@ -38,6 +38,7 @@ class TokenReference(DPOTrainer):
         # TRL's stores one sum per side; ours stores the tokens' numbers, so that weights can be applied to them.
         if has_reference(dataset):
             return dataset
+        check_precomputable(dataset, name)
         check_pair_lengths(self, dataset, name)
         self._complete_model()
         keys = self._reference_keys(dataset)
@@ -67,8 +68,9 @@ class TokenReference(DPOTrainer):
         """Does what TRL leaves out, before the first pass: within TRL's constructor, where that precomputes."""
         name_bias(self.model)
         if self.args.disable_dropout:
-            for model in filter(None, (self.model, self.ref_model)):
-                disable_functional_dropout(model)
+            for model in (self.model, self.ref_model):
+                if model is not None:
+                    disable_functional_dropout(model)
         if self._adapted_before:
             complete_reference_adapter(self.model)
 
@@ -90,7 +92,7 @@ class TokenReference(DPOTrainer):
         """Of this reference's weights; `None` where each process has only a part of them."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or not self.args.cache_reference:
             return None
-        reference = self.ref_model or self.model
+        reference = self.model if self.ref_model is None else self.ref_model
         off = [name for name in getattr(reference, "peft_config", {}) if name != "ref"]
         key = weights_key(self.accelerator.unwrap_model(reference), off, self.accelerator.mixed_precision)
         return ReferenceCache(default_folder(), key)
@@ -124,7 +126,8 @@ class TokenReference(DPOTrainer):
         stored = [inputs[f"{PREFIX}{side}_ref_logps"] for side in SIDES if f"{PREFIX}{side}_ref_logps" in inputs]
         inputs = {key: value for key, value in inputs.items() if not key.startswith(PREFIX)}
         captured = SimpleNamespace(log_probs=None)
-        reference = reference or self.ref_model or self.model
+        # A compiled model has no truth value, so `or` would raise.
+        reference = next(one for one in (reference, self.ref_model, self.model) if one is not None)
 
         def score(**kwargs):
             captured.log_probs = (
