@@ -238,7 +238,7 @@ def generate(
         For every prompt `config.n` pairs of completion ids (EOS included where it ended) and finish reason
         (`stop`, `length`).
     """
-    inputs = pad_left(prompts, tokenizer.pad_token_id, model.get_input_embeddings().weight.device)
+    inputs = pad_left(prompts, padding_id(tokenizer), model.get_input_embeddings().weight.device)
     output = run_generate(model, tokenizer, config, seed, **inputs)[:, inputs["input_ids"].shape[1] :].tolist()
     owners = [prompt for prompt in prompts for _ in range(config.n)]
     end_ids = end_token_ids(model, tokenizer.eos_token_id)
@@ -246,6 +246,11 @@ def generate(
         cut_at_end(end_ids, tokenizer, ids, config, context=prompt) for ids, prompt in zip(output, owners, strict=True)
     ]
     return [ended[i : i + config.n] for i in range(0, len(ended), config.n)]
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What pads rows: EOS stands in for a missing padding token."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -279,7 +284,7 @@ def run_generate(
         num_return_sequences=config.n,
         do_sample=sampling,
         **({"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k} if sampling else {}),
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=padding_id(tokenizer),
         eos_token_id=end_token_ids(model, tokenizer.eos_token_id),
         stop_strings=list(config.stop) or None,
     )
