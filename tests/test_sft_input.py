@@ -244,6 +244,102 @@ def test_an_unknown_token_is_refused_as_by_trl(kind, setting, tmp_path, tokenize
     assert len(tokenizer) == before and tokenizer.pad_token == "<|endoftext|>"
 
 
+@pytest.mark.slow
+def test_a_compiled_model_draws_the_same(tmp_path, tokenizer):
+    found = []
+    for compiled in (False, True):
+        folder = tmp_path / str(compiled)
+        options = {
+            "torch_compile": compiled,
+            "torch_compile_backend": "eager" if compiled else None,
+            "preflight": False,
+        }
+        for kind in ("bash", "rac"):
+            make(kind, folder / kind, tokenizer, **options).train()
+            found += [r["input_ids"] for p in sorted((folder / kind / "contexts").iterdir()) for r in read_records(p)]
+    assert len(found) == 24 and found[:12] == found[12:]
+
+
+@pytest.fixture(scope="module")
+def images():
+    """A model that takes images, and its processor."""
+    pytest.importorskip("PIL")
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
+    from transformers import LlavaForConditionalGeneration as Llava
+
+    def tokenizer_with_images():
+        tokenizer = byte_level_tokenizer(chat=True)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+        # A processor gives messages as lists of parts.
+        part = "(m['content'] if m['content'] is string else m['content'][0]['text'])"
+        tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", part)
+        return tokenizer
+
+    def processor():
+        tokenizer = tokenizer_with_images()
+        sides = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+        return LlavaProcessor(
+            image_processor=sides, tokenizer=tokenizer, patch_size=4, vision_feature_select_strategy="default",
+            chat_template=tokenizer.chat_template,
+        )  # fmt: skip
+
+    def model():
+        torch.manual_seed(0)
+        vision = CLIPVisionConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+        )
+        text = LlamaConfig(
+            vocab_size=420, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, eos_token_id=0, pad_token_id=0, bos_token_id=None, initializer_range=0.2,
+        )  # fmt: skip
+        place = processor().tokenizer.convert_tokens_to_ids("<image>")
+        return Llava(LlavaConfig(vision_config=vision, text_config=text, image_token_index=place)).eval()
+
+    return model, processor
+
+
+PLAIN = [{"prompt": f"What is {i}?", "completion": f" It is {i}."} for i in range(6)]
+CHAT = [
+    {
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "completion": [{"role": "assistant", "content": row["completion"]}],
+    }
+    for row in PLAIN
+]
+
+
+@pytest.mark.parametrize("rows", [PLAIN, CHAT], ids=["text", "chat"])
+def test_a_processor_and_text_alone(rows, images, tmp_path):
+    model, processor = images
+    found = {}
+    for kind in ("trl", *TRAINERS):
+        cls, config, own = TRAINERS.get(kind, (SFTTrainer, SFTConfig, {}))
+        for epsilon in (0.0, 0.5) if kind == "bash" else (None,):
+            changed = {} if epsilon is None else {"epsilon": epsilon}
+            trainer = cls(
+                model(), config(str(tmp_path / f"{kind}{epsilon}"), **SHORT | own | changed),
+                train_dataset=Dataset.from_list(rows), processing_class=processor(),
+            )  # fmt: skip
+            trainer.train()
+            found[kind, epsilon] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert found["trl", None] == found["guarded", None] == found["bash", 0.0] and len(found["trl", None]) == 2
+    assert found["bash", 0.5] != found["trl", None] != found["rac", None]
+
+
+def test_images_are_refused_where_tokens_are_drawn(images, tmp_path):
+    from PIL import Image
+
+    model, processor = images
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "images": [Image.new("RGB", (8, 8))]}]  # fmt: skip
+    for kind in ("bash", "rac"):
+        with pytest.raises(ConfigError, match="does not know images; use text data"):
+            cls, config, own = TRAINERS[kind]
+            cls(
+                model(), config(str(tmp_path), **SHORT | own | {"max_length": None, "completion_only_loss": False}),
+                train_dataset=Dataset.from_list(rows), processing_class=processor(),
+            )  # fmt: skip
+
+
 VALUES = {
     "preflight": (False, "false"), "trl_completions": (True, "true"), "refresh_steps": (3, "3"), "generation_tokens": (99, "99"),
     "contexts_limit": (5, "5"), "epsilon": (0.75, "0.75"), "epsilon_schedule": ("linear", "linear"),
