@@ -15,7 +15,7 @@ from transformers import TrainerCallback as Callback
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from align import BASHConfig, BASHTrainer, RACConfig, RACTrainer, TokenDPOConfig
-from align.errors import ConfigError
+from align.errors import ConfigError, NonFiniteError
 from align.records import read_records
 from align.trainers.sft import GuardedSFTConfig, GuardedSFTTrainer
 
@@ -242,6 +242,18 @@ def test_an_unknown_token_is_refused_as_by_trl(kind, setting, tmp_path, tokenize
     with pytest.raises(ValueError, match=f"The specified `{setting}` \\('<nothing>'\\) is not found"):
         make(kind, tmp_path, tokenizer, **{setting: "<nothing>"})
     assert len(tokenizer) == before and tokenizer.pad_token == "<|endoftext|>"
+
+
+def test_embeddings_of_a_collator_that_are_not_finite(tmp_path, tokenizer):
+    """There are no ids to name rows by; the error is still the guard's."""
+
+    def collator(rows):
+        embeddings = torch.full((len(rows), 4, 32), float("nan"))
+        ones = torch.ones(len(rows), 4, dtype=torch.long)
+        return {"inputs_embeds": embeddings, "labels": ones * 5, "attention_mask": ones}
+
+    with pytest.raises(NonFiniteError, match="step 1: not finite"):
+        make("guarded", tmp_path, tokenizer, collator=collator, preflight=False).train()
 
 
 @pytest.mark.slow

@@ -165,6 +165,10 @@ class SelfGeneratedTrainer(GuardedSFTTrainer):
             self.check_collator(collate_first(self))
 
     def check_collator(self, batch: Mapping[str, Any]) -> None:
+        """Raises a ConfigError where the collator, which made `batch`, cannot be used. Called once, before the training."""
+        self._check_batch(batch)
+
+    def _check_batch(self, batch: Mapping[str, Any]) -> None:
         """Raises a ConfigError where contexts cannot be put into a batch of the collator's."""
         shapes = {
             name: tuple(getattr(batch.get(name), "shape", ())) for name in ("input_ids", "labels", "attention_mask")
@@ -242,7 +246,7 @@ class SelfGeneratedTrainer(GuardedSFTTrainer):
         """Where the rows of this process's micro-batch `number` of the window stand, and their ground truth."""
         step, micro = divmod(number, self.args.gradient_accumulation_steps)
         process = self.accelerator.process_index + micro * self.accelerator.num_processes
-        self.check_collator(batch)
+        self._check_batch(batch)
         places = []
         for row, mask in enumerate(batch["attention_mask"].bool()):
             source = Example(*(batch[name][row][mask].tolist() for name in ("input_ids", "labels")))
@@ -386,7 +390,7 @@ class RACTrainer(SelfGeneratedTrainer):
         rows = [Example(ids[: n + 1], [IGNORED, *ids[1 : n + 1]]) for n in range(min(2, len(ids)))]
         try:
             made = self.with_examples(batch, rows)
-            super().check_collator(made)
+            self._check_batch(made)
             masks = made["attention_mask"].bool()
             found = [
                 Example(*(made[n][i][mask].tolist() for n in ("input_ids", "labels"))) for i, mask in enumerate(masks)
