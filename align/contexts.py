@@ -17,7 +17,7 @@ from .errors import ConfigError
 from .logps import batches_by_length, head_on, keep_pages
 from .losses import CHUNK
 from .mix import choose_own, interleave, row_generator
-from .sample import pad_left, without_generation_config
+from .sample import generate_ids, pad_left
 from .tokens import pad_rows
 
 if TYPE_CHECKING:
@@ -193,11 +193,7 @@ def _draw_in_order(model: PreTrainedModel, rows: Sequence[MixedRow], config: Own
         max_new_tokens=max(row.last - row.first + 1 for row in rows), do_sample=False, pad_token_id=pad_token_id,
         eos_token_id=None,
     )  # fmt: skip
-    with without_generation_config(model):
-        # Not in step with other processes, which draw batches of their own.
-        model.generate(
-            **inputs, generation_config=options, logits_processor=LogitsProcessorList([decide]), synced_gpus=False
-        )
+    generate_ids(model, options, **inputs, logits_processor=LogitsProcessorList([decide]))
 
 
 def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from .cuda_graphs import Graphs
 from .errors import ConfigError
 from .logps import configured_not_to_share, head_on, shares_prefixes, windowed
-from .models import active_adapter, base_model, cache_name
+from .models import active_adapter, base_model, cache_name, without_router_loss
 from .positions import position_limit
 from .prefix_tree import additive
 from .slot_cache import SlotCache, room_for
@@ -80,9 +81,8 @@ class Policy:
         """Logits (B, n, V), by its own numbers of tokens; its cache takes the n tokens."""
         # Of the class: accelerate puts a wrapper without parameters on a model that it spreads over devices.
         inputs[cache_name(type(base_model(self.model)).forward)] = self.cache
-        if self.adapter is ...:
-            return self.model(**inputs, use_cache=True).logits
-        with active_adapter(self.model, self.adapter):
+        adapter = nullcontext() if self.adapter is ... else active_adapter(self.model, self.adapter)
+        with adapter, without_router_loss(self.model):
             return self.model(**inputs, use_cache=True).logits
 
     def own(self, ids: torch.Tensor) -> torch.Tensor:

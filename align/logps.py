@@ -10,7 +10,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
-from .models import active_adapter, base_model, folded_adapter
+from .models import active_adapter, base_model, folded_adapter, without_router_loss
 from .prefix_tree import PrefixTree, Row, additive, ancestor_mask, grow_trees, within
 from .tokens import pad_rows
 
@@ -109,15 +109,18 @@ WINDOWS = ("attention_types", "window_size", "attention_window_size", "attention
 def head_on(model: PreTrainedModel, positions: torch.Tensor):
     """Lets the LM head see the hidden states of `positions` (B, W, bool) only, as one row (1, U, H).
 
-    A hook on the head, not a head of our own: scaling and soft-capping after it stay the model's.
+    A hook on the head, not a head of our own: scaling and soft-capping after it stay the model's. A prompt-learning adapter
+    puts virtual tokens before each row, so the W positions are the last ones. Routers' losses are left out.
     """
 
     def select(_module, args):
-        return (args[0][positions.to(args[0].device)].unsqueeze(0), *args[1:])
+        hidden = args[0][:, -positions.shape[1] :]
+        return (hidden[positions.to(hidden.device)].unsqueeze(0), *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        yield
+        with without_router_loss(model):
+            yield
     finally:
         handle.remove()
 

@@ -20,7 +20,7 @@ from .safety import check_templates, no_pickles
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
     from typing_extensions import Unpack
 
@@ -204,6 +204,27 @@ def vocab_size(model: PreTrainedModel | PeftModel) -> int:
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model without the wrapper of its adapters, whose layers may still be in it."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+@contextmanager
+def without_router_loss(model: PreTrainedModel | PeftModel):
+    """Turns off the routers' auxiliary loss within the block. A pass that only asks for logits has no use for it, and beside a
+    cache it raises, because its mask is longer than the tokens that were routed."""
+    config = base_model(model).config
+    asked = [each for each in (config, config.get_text_config()) if getattr(each, "output_router_logits", False)]
+    for each in asked:
+        each.output_router_logits = False
+    try:
+        yield
+    finally:
+        for each in asked:
+            each.output_router_logits = True
+
+
+def prompt_learning(model: PreTrainedModel | PeftModel) -> PeftConfig | None:
+    """The active adapter's configuration, where it puts virtual tokens before each row; else `None`."""
+    config = model.active_peft_config if hasattr(model, "active_peft_config") else None
+    return config if getattr(config, "is_prompt_learning", False) else None
 
 
 def cache_name(function: Callable) -> str:

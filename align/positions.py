@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .errors import RecordError
-from .models import base_model
+from .models import base_model, prompt_learning
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,8 +47,7 @@ def position_limit(model: PreTrainedModel | PeftModel) -> int | None:
 
 def _virtual_tokens(model: PreTrainedModel | PeftModel) -> int:
     """Positions that a prompt-learning adapter takes before the prompt."""
-    config = model.active_peft_config if hasattr(model, "active_peft_config") else None
-    return (getattr(config, "num_virtual_tokens", None) or 0) if getattr(config, "is_prompt_learning", False) else 0
+    return getattr(prompt_learning(model), "num_virtual_tokens", None) or 0
 
 
 def check_positions(tokens: int, limit: int | None, name: str, remedy: str) -> None:

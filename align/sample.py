@@ -3,6 +3,7 @@ transformers' is here, others are in `engines.py`."""
 
 from __future__ import annotations
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_left
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checks import check_seed, check_temperature, check_whole
 from .errors import ConfigError, RecordError
-from .models import vocab_size
+from .models import base_model, cache_name, prompt_learning, vocab_size, without_router_loss
 from .positions import position_limit
 from .records import Record, check_records
 from .stages import records_hash, run_in_parts
@@ -21,7 +22,8 @@ from .tokens import add_eos, decode_completion, encode_problem, end_ids_of, firs
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 #: Of one prompt: per draw the completion's ids, EOS included where it ended, and the finish reason (`stop`, `length`).
 Draws = list[tuple[list[int], str]]
@@ -236,7 +238,7 @@ def generate(
         For every prompt `config.n` pairs of completion ids (EOS included where it ended) and finish reason
         (`stop`, `length`).
     """
-    inputs = pad_left(prompts, tokenizer.pad_token_id, model.get_input_embeddings().weight.device)
+    inputs = pad_left(prompts, padding_id(tokenizer), model.get_input_embeddings().weight.device)
     output = run_generate(model, tokenizer, config, seed, **inputs)[:, inputs["input_ids"].shape[1] :].tolist()
     owners = [prompt for prompt in prompts for _ in range(config.n)]
     end_ids = end_token_ids(model, tokenizer.eos_token_id)
@@ -244,6 +246,11 @@ def generate(
         cut_at_end(end_ids, tokenizer, ids, config, context=prompt) for ids, prompt in zip(output, owners, strict=True)
     ]
     return [ended[i : i + config.n] for i in range(0, len(ended), config.n)]
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What pads rows: EOS stands in for a missing padding token."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -277,17 +284,68 @@ def run_generate(
         num_return_sequences=config.n,
         do_sample=sampling,
         **({"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k} if sampling else {}),
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=padding_id(tokenizer),
         eos_token_id=end_token_ids(model, tokenizer.eos_token_id),
         stop_strings=list(config.stop) or None,
     )
     device = inputs["input_ids"].device
     more = {"tokenizer": tokenizer} if config.stop else {}
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with torch.inference_mode(), forked, without_generation_config(model):
+    with torch.inference_mode(), forked:
         torch.manual_seed(seed)
-        # Not in step with other processes, which draw batches of their own.
-        return model.generate(**inputs, generation_config=options, synced_gpus=False, **more)
+        return generate_ids(model, options, **inputs, **more)
+
+
+def generate_ids(model: PreTrainedModel, options: GenerationConfig, **inputs: Any) -> torch.Tensor:
+    """transformers' `generate` with `options` alone.
+
+    Args:
+        inputs: what it is given, `input_ids` (B, L) and `attention_mask` among it.
+
+    Returns:
+        (B · n, L') ids, the given ones included.
+    """
+    # Not in step with other processes, which draw batches of their own.
+    with without_generation_config(model), without_router_loss(model):
+        if prompt_learning(model) is None:
+            return model.generate(**inputs, generation_config=options, synced_gpus=False)
+        return _generate_behind_virtual_tokens(model, options, **inputs)
+
+
+def _generate_behind_virtual_tokens(
+    model: PeftModel, options: GenerationConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor, **others: Any
+) -> torch.Tensor:
+    """`generate` of the bare model, whose cache has the virtual tokens of a prompt-learning adapter. PEFT's own leaves them out of
+    the positions, and a prefix out of everything."""
+    import torch
+    from transformers import GenerationMixin
+
+    copies = options.num_return_sequences or 1  # `generate` repeats rows, but not a cache
+    input_ids, attention_mask = (each.repeat_interleave(copies, 0) for each in (input_ids, attention_mask))
+    options = copy.copy(options)
+    options.num_return_sequences = 1
+    base, rows = base_model(model), len(input_ids)
+    virtual = prompt_learning(model).num_virtual_tokens
+    prompt = model.get_prompt(batch_size=rows, max_cache_len=-1)
+    if isinstance(prompt, torch.Tensor):
+        embeddings = prompt.to(model.get_input_embeddings().weight.dtype)
+        prompt = base(inputs_embeds=embeddings, use_cache=True)[cache_name(type(base).forward)]
+
+    def before(given: Sequence[Any]) -> list[Any]:
+        """Criteria and processors, which count the tokens that they see."""
+        return [lambda ids, scores, each=each, **more: each(ids[:, virtual:], scores, **more) for each in given]
+
+    others |= {
+        name: type(others[name])(before(others[name]))
+        for name in ("logits_processor", "stopping_criteria")
+        if name in others
+    }
+    # The ids of what a cache holds are not read.
+    ids = torch.cat((input_ids[:, :1].expand(-1, virtual), input_ids), 1)
+    mask = torch.cat((attention_mask.new_ones(rows, virtual), attention_mask), 1)
+    others[cache_name(GenerationMixin.prepare_inputs_for_generation)] = prompt
+    drawn = base.generate(input_ids=ids, attention_mask=mask, generation_config=options, synced_gpus=False, **others)
+    return drawn[:, virtual:]
 
 
 @contextmanager

@@ -132,8 +132,8 @@ class FiniteGuard(ResumesAtTheEnd):
         wrong = [name for name, grad in grads.items() if not _finite(grad)]
         batches = []
         for loss, held, of_rows in update:
-            ids = held["input_ids"]
-            masks = held.get("attention_mask", torch.ones_like(ids))
+            ids = held.get("input_ids", torch.zeros(0, 0, dtype=torch.long))  # a collator may give embeddings
+            masks = held.get("attention_mask", torch.ones_like(ids)) if len(ids) else ids
             rows = [row[mask.bool()].tolist() for row, mask in zip(ids.cpu(), masks.cpu(), strict=True)]
             batches.append({"loss": str(loss.sum().item()), "rows": [{"input_ids": row} for row in rows]})
             if of_rows is not None:

@@ -37,9 +37,9 @@ def model_name(model: Any) -> str:
     return model if isinstance(model, str) else get_config_model_id(model.config)
 
 
-def default_output(model: Any, trainer: type) -> str:
+def default_output(model: Any, method: str) -> str:
     """The folder of a trainer without `args`: as in TRL, the model's name and the method's."""
-    return f"{model_name(model).split('/')[-1]}-{trainer.__name__.removesuffix('Trainer')}"
+    return f"{model_name(model).split('/')[-1]}-{method}"
 
 
 def processing_class_of(model: Any, args: DPOConfig) -> PreTrainedTokenizerBase | ProcessorMixin:

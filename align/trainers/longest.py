@@ -38,6 +38,12 @@ def collate(trainer: Trainer, places: Sequence[int]) -> tuple[list[dict[str, Any
     return list(some), trainer.data_collator(list(trainer._remove_unused_columns(some)))
 
 
+def collate_first(trainer: Trainer) -> dict[str, Any]:
+    """A batch of the first row of the training data, of a stream too."""
+    row = next(iter(trainer.train_dataset))
+    return trainer._get_collator_with_removed_columns(trainer.data_collator)([row])
+
+
 def longest_rows(trainer: Trainer) -> list[int]:
     """Where the rows of the training data lie that have most `input_ids`, as many as are in a batch."""
     lengths = lengths_of(trainer.train_dataset, ("input_ids",))["input_ids"]

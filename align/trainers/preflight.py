@@ -7,7 +7,7 @@ import random
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -199,13 +199,10 @@ class Preflight(FiniteGuard, ABC):
         if sends is not None:
             model.require_forward_param_sync = False
         devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-        numbers = random.getstate(), numpy.random.get_state()
         try:
-            with torch.random.fork_rng(devices), metrics_aside(self):
+            with same_random_numbers(devices), metrics_aside(self):
                 yield
         finally:
-            random.setstate(numbers[0])
-            numpy.random.set_state(numbers[1])
             self._update = []
             model.zero_grad()
             with torch.no_grad():
@@ -221,6 +218,18 @@ class Preflight(FiniteGuard, ABC):
                 self.current_gradient_accumulation_steps = divisor
             if devices:
                 torch.cuda.empty_cache()
+
+
+@contextmanager
+def same_random_numbers(devices: Sequence[int] = ()) -> Iterator[None]:
+    """Puts back the states of all random numbers, those of some CUDA devices among them."""
+    numbers = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(numbers[0])
+        numpy.random.set_state(numbers[1])
 
 
 def summary(report: dict[str, Any]) -> str:

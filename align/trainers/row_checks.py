@@ -31,6 +31,11 @@ def data_sets(train: Any, evaluation: Any) -> Iterator[tuple[str, Any]]:
         yield "eval", evaluation
 
 
+def made_when_read(dataset: Any) -> bool:
+    """Whether a user's function makes the rows of a data set when they are read (`set_transform`): its columns are not theirs."""
+    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+
+
 def check_not_empty(dataset: Any, name: str) -> None:
     """Checks that there is a data set, and a row in it.
 
@@ -91,7 +96,7 @@ def check_sft_ids(model: PreTrainedModel, dataset: Any, name: str) -> None:
     Raises:
         RecordError: names the row, the value and the remedy.
     """
-    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names or made_when_read(dataset):
         return
     if "seq_lengths" in dataset.column_names:  # packed; positions begin again with each
         lengths = [max(row, default=0) for row in dataset["seq_lengths"]]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 
@@ -28,7 +29,9 @@ from ..positions import check_positions
 from ..progress import progress
 from ..rac import CorrectionSettings, draw_corrections, longest_correction, split_source
 from ..records import Record, read_records, row_name, write_records
-from .longest import LongestBatch, collate, longest_rows, row_id
+from .longest import LongestBatch, collate, collate_first, longest_rows, row_id
+from .preflight import same_random_numbers
+from .row_checks import made_when_read
 from .sft import GuardedSFTConfig, GuardedSFTTrainer
 from .trl_check import check_trl, sft_difference
 from .whole_weights import whole_weights
@@ -98,8 +101,9 @@ class RACConfig(SelfGeneratedConfig):
     """Settings of reference-answer-based correction: see `align.rac.CorrectionSettings`."""
 
     cue: str = field(default=CorrectionSettings.cue, metadata={"help": "Text between own tokens and reference."})
-    prefix_fraction: tuple[float, float] = field(
-        default=(0.0, 1.0), metadata={"help": "Least and largest share of a generation that is kept."}
+    prefix_fraction: list[float] = field(  # which parsers of command lines know, unlike a tuple
+        default_factory=lambda: list(CorrectionSettings.prefix_fraction),
+        metadata={"help": "Least and largest share of a generation that is kept."},
     )
     keep_correct_share: float = field(
         default=CorrectionSettings.keep_correct_share,
@@ -141,8 +145,9 @@ class SelfGeneratedTrainer(GuardedSFTTrainer):
 
     config_class = SelfGeneratedConfig
 
-    def __init__(self, model: Any, args: SelfGeneratedConfig | None = None, **kwargs: Any) -> None:
-        super().__init__(model, args, **kwargs)
+    @wraps(GuardedSFTTrainer.__init__)
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
         keep_trainable(self.model)  # contexts are drawn in eval mode
         if self._is_vision_dataset:
             raise ConfigError(f"{type(self).__name__} does not know images; use text data")
@@ -157,6 +162,23 @@ class SelfGeneratedTrainer(GuardedSFTTrainer):
         self._records: list[Record] = []  # their contexts, those of all processes
         self._stored: list[Record] = []  # of the checkpoint
         self._done: Callable[[int], Any] = lambda count: None  # moves the bar of a window that is drawn
+        with same_random_numbers():
+            self.check_collator(collate_first(self))
+
+    def check_collator(self, batch: Mapping[str, Any]) -> None:
+        """Raises a ConfigError where the collator, which made `batch`, cannot be used. Called once, before the training."""
+        self._check_batch(batch)
+
+    def _check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Raises a ConfigError where contexts cannot be put into a batch of the collator's."""
+        shapes = {
+            name: tuple(getattr(batch.get(name), "shape", ())) for name in ("input_ids", "labels", "attention_mask")
+        }
+        if len(set(shapes.values())) > 1 or len(shapes["input_ids"]) != 2:
+            raise ConfigError(
+                f"data_collator = {type(self.data_collator).__name__} must give input_ids, labels and attention_mask of one shape "
+                f"(rows, tokens), into which {type(self).__name__} puts own tokens, not {shapes}; correct it, or leave it out"
+            )
 
     @staticmethod
     def check_seam(args: SelfGeneratedConfig) -> None:
@@ -176,13 +198,20 @@ class SelfGeneratedTrainer(GuardedSFTTrainer):
         remedy = f"set max_length to {self._positions} or less"
         check_positions(len(source.input_ids), self._positions, f"{name}: its length", remedy)
 
+    def with_examples(self, batch: Mapping[str, Any], examples: Sequence[Example]) -> dict[str, Any]:
+        """A batch with examples in place of its ground truth: here, they are as long, and all else that it has stays."""
+        ids, masks = batch["input_ids"].clone(), batch["attention_mask"].bool()
+        for row, mask, example in zip(ids, masks, examples, strict=True):
+            row[mask] = torch.tensor(example.input_ids, dtype=ids.dtype, device=ids.device)
+        return {**batch, "input_ids": ids}
+
     def longest_batches(self) -> list[LongestBatch]:
         longest = longest_rows(self)
         rows, inputs = collate(self, longest)
         names = [row_id(row, place) for row, place in zip(rows, longest, strict=True)]
         sources = [place.source for place in self._places(self.state.global_step, 0, inputs)]
         examples = [self.longest_example(source, name) for source, name in zip(sources, names, strict=True)]
-        inputs = self.data_collator([{"input_ids": e.input_ids, "labels": e.labels} for e in examples])
+        inputs = self.with_examples(inputs, examples)
         found = [{"id": name, "tokens": [len(e.input_ids)]} for name, e in zip(names, examples, strict=True)]
         return [LongestBatch(inputs, found)]
 
@@ -213,14 +242,16 @@ class SelfGeneratedTrainer(GuardedSFTTrainer):
             return  # a stream that ends before it was expected to
         self._records = self._found(stored, everyones) or self._drawn(everyones)
         by_place = {(row["step"], row["position"]): row for row in self._records}
-        for of_batch in places:
+        for batch, of_batch in zip(batches, places, strict=True):
             rows = [by_place[place.step, place.position] for place in of_batch]
-            self._ready.append(self.data_collator([{k: row[k] for k in ("input_ids", "labels")} for row in rows]))
+            examples = [Example(row["input_ids"], row["labels"]) for row in rows]
+            self._ready.append(self.with_examples(batch, examples))
 
     def _places(self, first: int, number: int, batch: dict[str, Any]) -> list[Place]:
         """Where the rows of this process's micro-batch `number` of the window stand, and their ground truth."""
         step, micro = divmod(number, self.args.gradient_accumulation_steps)
         process = self.accelerator.process_index + micro * self.accelerator.num_processes
+        self._check_batch(batch)
         places = []
         for row, mask in enumerate(batch["attention_mask"].bool()):
             source = Example(*(batch[name][row][mask].tolist() for name in ("input_ids", "labels")))
@@ -300,6 +331,7 @@ class BASHTrainer(SelfGeneratedTrainer):
     TMLR 2025, arXiv 2410.14655). ε = 0 is TRL's `SFTTrainer`."""
 
     config_class = BASHConfig
+    _name = "BASH"
 
     def draw(self, places: Sequence[Place]) -> list[Record]:
         args = self.args
@@ -309,7 +341,7 @@ class BASHTrainer(SelfGeneratedTrainer):
             source = place.source
             rows.append(mixed_row(source.input_ids, source.labels, epsilon, args.seed, place.step, place.position))
         drawn = draw_contexts(
-            self.accelerator.unwrap_model(self.model), rows, args.own_tokens(), self.data_collator.pad_token_id,
+            self.accelerator.unwrap_model(self.model), rows, args.own_tokens(), self._tokenizer.pad_token_id or 0,
             take=self._share, autocast=self.compute_loss_context_manager, done=self._done,
         )  # fmt: skip
         for index, context in gather_object(list(drawn.items())):
@@ -336,10 +368,13 @@ class RACTrainer(SelfGeneratedTrainer):
     alone (Cen et al., TMLR 2025, arXiv 2410.14655). An empty cue and `prefix_fraction=(0, 0)` is TRL's `SFTTrainer`."""
 
     config_class = RACConfig
+    _name = "RAC"
 
-    def __init__(self, model: Any, args: RACConfig | None = None, **kwargs: Any) -> None:
-        super().__init__(model, args, **kwargs)
-        if self._positions is not None and isinstance(self.train_dataset, Dataset):
+    @wraps(GuardedSFTTrainer.__init__)
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        known = isinstance(self.train_dataset, Dataset) and not made_when_read(self.train_dataset)
+        if self._positions is not None and known and "labels" in self.train_dataset.column_names:
             for place, row in enumerate(self.train_dataset):
                 self.check_source(Example(row["input_ids"], row["labels"]), f"train data set, {row_name(row, place)}")
 
@@ -353,6 +388,31 @@ class RACTrainer(SelfGeneratedTrainer):
         longest = len(self.longest_example(source, name).input_ids)
         remedy = f"set max_length to {limit} or less, or lower max_new_tokens"
         check_positions(longest, limit, f"{name}: the longest correction", remedy)
+
+    def check_collator(self, batch: Mapping[str, Any]) -> None:
+        super().check_collator(batch)
+        ids = batch["input_ids"][0][batch["attention_mask"][0].bool()].tolist()
+        rows = [Example(ids[: n + 1], [IGNORED, *ids[1 : n + 1]]) for n in range(min(2, len(ids)))]
+        try:
+            made = self.with_examples(batch, rows)
+            self._check_batch(made)
+            masks = made["attention_mask"].bool()
+            found = [
+                Example(*(made[n][i][mask].tolist() for n in ("input_ids", "labels"))) for i, mask in enumerate(masks)
+            ]
+        except Exception as error:  # noqa: BLE001 - a function of the user's
+            raise ConfigError(self._unfit(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")) from error
+        if found != rows:
+            raise ConfigError(self._unfit(f"of {rows} it makes {found}"))
+
+    def _unfit(self, reason: str) -> str:
+        return (
+            f"data_collator = {type(self.data_collator).__name__} must make a batch of rows that have input_ids and labels, since "
+            f"{type(self).__name__} makes rows of its own: {reason}; correct it, or leave it out"
+        )
+
+    def with_examples(self, batch: Mapping[str, Any], examples: Sequence[Example]) -> dict[str, Any]:
+        return self.data_collator([{"input_ids": e.input_ids, "labels": e.labels} for e in examples])
 
     def longest_example(self, source: Example, name: str) -> Example:
         return longest_correction(self._tokenizer, source, name, self.args.corrections())

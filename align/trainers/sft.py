@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, Json, List
-from transformers import AutoProcessor
+from transformers import AutoProcessor, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from ..checks import fit_fields
@@ -31,11 +31,11 @@ from ..safety import no_pickles
 from ..tokens import CompletionRule, encode_row
 from ..trl_versions import global_then_local_main_first
 from .adapters import check_layers, checked_layers
-from .loading import name_bias, name_of_tokenizer, source_of_trainer, whole_source, with_revision
+from .loading import default_output, name_bias, name_of_tokenizer, source_of_trainer, whole_source, with_revision
 from .longest import LongestBatch, collate, longest_rows, row_id
 from .preference_data import column_names
 from .preflight import Preflight
-from .row_checks import check_not_empty, check_sft_ids, check_sft_rows, data_sets
+from .row_checks import check_not_empty, check_sft_ids, check_sft_rows, data_sets, made_when_read
 from .sharding import check_offloaded, check_sharding
 from .trackers import check_trackers
 from .trl_check import check_trl, sft_difference
@@ -74,16 +74,14 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
 
     config_class = GuardedSFTConfig
 
-    def __init__(
-        self, model: Any, args: GuardedSFTConfig | None = None, data_collator: Any = None, train_dataset: Any = None,
-        eval_dataset: Any = None, processing_class: Any = None, *others: Any, **kwargs: Any,
+    def __init__(  # the parameters of TRL's, in their order
+        self, model: Any, args: GuardedSFTConfig | TrainingArguments | None = None, data_collator: Any = None,
+        train_dataset: Any = None, eval_dataset: Any = None, processing_class: Any = None, compute_loss_func: Any = None,
+        compute_metrics: Any = None, callbacks: Any = None, optimizers: Any = (None, None),
+        optimizer_cls_and_kwargs: Any = None, preprocess_logits_for_metrics: Any = None, quantization_config: Any = None,
+        peft_config: Any = None, formatting_func: Any = None,
     ) -> None:  # fmt: skip
-        if args is None:
-            args = self.config_class("trainer_output")
-        if not isinstance(args, self.config_class):
-            raise ConfigError(
-                f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(args).__name__}"
-            )
+        args = self._own_config(args, model)
         self.check_seam(args)
         check_group(args.world_size)
         self._checkpoint, self._rule = getattr(model, "generation_config", model), None
@@ -93,20 +91,20 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
         self.data_report: dict[str, dict[str, int]] = {}
         if processing_class is None and source_of(args.model_init_kwargs):
             processing_class = AutoProcessor.from_pretrained(name_of_tokenizer(model), **source_of_trainer(args))
-        adapter = with_revision(kwargs.get("peft_config"), model, args)
-        if adapter is None:
+        peft_config = with_revision(peft_config, model, args)
+        if peft_config is None:
             check_offloaded(model)
-        else:
-            kwargs["peft_config"] = adapter
         with (
             no_pickles(model, subfolder=source_of_trainer(args).get("subfolder")),
             whole_folders(model),
             whole_source(model, args),
-            checked_layers(adapter) as layers,
+            checked_layers(peft_config) as layers,
         ):
             super().__init__(
-                model, args, data_collator, train_dataset, eval_dataset, processing_class, *others, **kwargs
-            )
+                model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_loss_func,
+                compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
+                quantization_config, peft_config, formatting_func,
+            )  # fmt: skip
         check_layers(self.model, layers)
         name_bias(self.model)
         for name, dataset in data_sets(self.train_dataset, self.eval_dataset):
@@ -118,9 +116,23 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
         """Checks that the installed TRL is one that this trainer works with."""
         check_trl(args, partial(sft_difference, GuardedSFTTrainer))
 
+    def _own_config(self, args: TrainingArguments | None, model: Any) -> GuardedSFTConfig:
+        """The settings of this class; TRL's name of a folder where there are none, and transformers' with defaults for the rest."""
+        if args is None:
+            return self.config_class(default_output(model, self._name))
+        if isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
+            # `to_dict` hides the token.
+            return self.config_class(**{**args.to_dict(), "hub_token": args.hub_token})
+        if not isinstance(args, self.config_class):
+            raise ConfigError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(args).__name__}"
+            )
+        return args
+
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         check_not_empty(dataset, dataset_name)
-        if formatting_func is None:
+        made = made_when_read(dataset)  # which TRL refuses
+        if formatting_func is None and not made:
             check_sft_rows(dataset, dataset_name, args, bool(processing_class.chat_template or self.chat_template))
         names = column_names(dataset)
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -132,12 +144,11 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
         )
         if "input_ids" in names:
             self._rule.check_unused(f"{dataset_name} data set")
-        elif formatting_func is None:
+        elif formatting_func is None and not made:
             dataset = _as_given(dataset, names, dataset_name, args.dataset_text_field, tokenizer)
-            # Masks of a template's own, transforms and processors of images are TRL's matter.
+            # Masks of a template's own and processors of images are TRL's matter.
             ours = not (self._rule.trl or args.assistant_only_loss) and hasattr(processing_class, "pad_token")
-            custom = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
-            if {"prompt", "completion"} <= set(names) and ours and not custom:
+            if {"prompt", "completion"} <= set(names) and ours:
                 dataset = self._encoded(dataset, processing_class, args, dataset_name)
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if isinstance(prepared, Dataset):
@@ -185,6 +196,8 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
     def _why_no_preflight(self) -> str | None:
         if isinstance(self.train_dataset, Dataset) and "input_ids" not in self.train_dataset.column_names:
             return "rows have no input_ids before they are in a batch, so which are the longest is not known"
+        if made_when_read(self.train_dataset):
+            return "rows are made when they are read (set_transform), so which are the longest is not known"
         return super()._why_no_preflight()
 
     def longest_batches(self) -> list[LongestBatch]:

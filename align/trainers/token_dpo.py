@@ -237,7 +237,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         peft_config=None,
     ) -> None:  # fmt: skip
         if args is None:
-            args = self.config_class(default_output(model, type(self)))
+            args = self.config_class(default_output(model, type(self).__name__.removesuffix("Trainer")))
         if not isinstance(args, self.config_class):
             raise ConfigError(
                 f"args is a {type(args).__name__}; {type(self).__name__} needs {self.config_class.__name__}"
