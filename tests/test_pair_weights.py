@@ -435,6 +435,24 @@ def test_a_collator_that_leaves_columns_out_is_refused(tmp_path, tokenizer):
     with pytest.raises(ConfigError, match="leaves chosen_weights, rejected_weights out of the batch"):
         make(tmp_path, tokenizer, weighted_pairs(), models, data_collator=TokenPreferenceCollator(0))
     make(tmp_path, tokenizer, weighted_pairs(), models, data_collator=TokenPreferenceCollator(0, columns=columns))
+    # Of evaluation data as well, given at once or later.
+    bare, other = random_pairs(4), Dataset.from_list(weighted_pairs(()))
+    with pytest.raises(ConfigError, match="eval data set: data_collator leaves weight out of the batch"):
+        make(tmp_path, tokenizer, bare, models, data_collator=Forgetful(0), eval_dataset=other)
+    with pytest.raises(ConfigError, match="eval data set: data_collator leaves weight out of the batch"):
+        make(tmp_path, tokenizer, bare, models, data_collator=Forgetful(0)).evaluate(other)
+
+
+def test_looking_at_a_stream_counts_none_of_its_drops(tmp_path, tokenizer):
+    rows = weighted_pairs()
+    rows[0]["rejected_ids"], rows[0]["rejected_weights"] = rows[0]["chosen_ids"], rows[0]["chosen_weights"]
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    trainer = make(
+        tmp_path, tokenizer, stream, (tiny_llama(), tiny_llama()), max_steps=1, per_device_train_batch_size=5
+    )
+    assert trainer.data_report["train"]["equal"] == 0
+    trainer.train()
+    assert trainer.data_report["train"]["equal"] == 1
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])

@@ -29,19 +29,19 @@ def check_weighable(dataset: Any, name: str, args: TokenDPOConfig) -> None:
         )
 
 
-def check_collator(trainer: TokenDPOTrainer) -> None:
-    """Raises a ConfigError where a collator of the caller's own leaves a column out of the batch that the loss reads."""
-    dataset = trainer.train_dataset
-    row = next(iter(dataset))
+def check_collator(trainer: TokenDPOTrainer, dataset: Any, name: str) -> None:
+    """Raises a ConfigError where the collator leaves a column out of the batch that the loss reads."""
+    report = trainer.data_report.get(name, {})
+    counts, row = dict(report), next(iter(dataset))
+    report.update(counts)  # a stream counts what it drops before its first row, and does so again when it is read
     batch = trainer.data_collator([row])
-    read = {f"{side}_{column}" for side in SIDES for column in (*trainer.token_columns, "ref_logps")}
-    expected = {name: f"{PREFIX}{name}" for name in sorted(read & row.keys())}
-    if PAIR_WEIGHT in row:
-        expected[PAIR_WEIGHT] = PAIR_WEIGHTS
-    if missing := [name for name, key in expected.items() if key not in batch]:
+    columns = (*trainer.token_columns, "ref_logps")
+    expected = {f"{side}_{column}": f"{PREFIX}{side}_{column}" for side in SIDES for column in columns}
+    expected[PAIR_WEIGHT] = PAIR_WEIGHTS
+    if missing := [column for column, key in expected.items() if column in row and key not in batch]:
         raise ConfigError(
-            f"data_collator leaves {', '.join(missing)} out of the batch, and they would not be trained with; give it "
-            f"columns={(*trainer.token_columns, 'ref_logps')}, and keep what TokenPreferenceCollator.torch_call adds to the batch"
+            f"{name} data set: data_collator leaves {', '.join(missing)} out of the batch, so that nothing reads them; derive it from "
+            f"TokenPreferenceCollator, keep what its torch_call adds to the batch, and give it columns={columns}"
         )
 
 

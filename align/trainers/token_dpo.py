@@ -253,7 +253,6 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         check_without_images(processing_class, column_names(train_dataset), type(self).__name__)
         if data_collator is not None and not isinstance(data_collator, TokenPreferenceCollator):
             self._check_plain_collator(data_collator, args, train_dataset, eval_dataset)
-        own_collator = data_collator is not None
         if data_collator is None:
             set_pad_token(tokenizer, args)
             data_collator = TokenPreferenceCollator(
@@ -314,6 +313,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         check_layers(self.model, layers)
         for dataset_name, dataset in data_sets(self.train_dataset, self.eval_dataset):
             check_pair_lengths(self, dataset, dataset_name)
+            check_collator(self, dataset, dataset_name)
         check_sharding(self)
         keep_trainable(self.model)  # evaluation runs in eval mode
         if self.aux_loss_enabled and getattr(args, "loss_aggregation", None) == "position":
@@ -321,12 +321,13 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         if args.max_tokens_per_batch is not None:
             self._check_token_budget()
         self._layout, self._ref_layout  # noqa: B018 (a model that cannot share says so now)
-        if own_collator:
-            check_collator(self)
         self._constant_weights = ConstantWeights(self)
         self._constant_weights.look_at_rows()
         if stored and args.check_reference and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             check_reference_columns(self)
+        for counts in self.data_report.values():
+            if "rows" not in counts:  # a stream's first row was looked at, and begins the training again
+                counts.update(dict.fromkeys(counts, 0))
 
     def _check_plain_collator(self, collator: Any, args: TokenDPOConfig, train: Any, evaluation: Any) -> None:
         """Raises a ConfigError where a collator that leaves weights out of the batch would have some to leave out."""
@@ -400,6 +401,8 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
             self.required_columns(args),
             self._rule,
         )
+        if hasattr(self, "data_collator"):  # given to `evaluate`; of those before, the constructor sees to it
+            check_collator(self, dataset, dataset_name)
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
