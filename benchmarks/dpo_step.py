@@ -110,7 +110,7 @@ def make_model(spec: dict[str, Any], device: str, attention: str):
         eos_token_id=1,
     )  # fmt: skip
     # Experts one by one: the kernel that takes them at once is many times slower on a CPU.
-    experts = {"experts_implementation": "eager"} if device == "cpu" and "gpt_oss" == spec.get("type") else {}
+    experts = {"experts_implementation": "eager"} if device == "cpu" and spec.get("type") == "gpt_oss" else {}
     make = partial(
         AutoModelForCausalLM.from_config, config, dtype=getattr(torch, spec["dtype"]), attn_implementation=attention, **experts
     )  # fmt: skip

@@ -1,6 +1,10 @@
 """Tiny models of the families that people train: windows, soft caps, attention sinks, experts."""
 
+from collections.abc import Iterable
+
+import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
@@ -53,6 +57,13 @@ ROUTED = {
     "olmoe": OlmoeConfig(**PLAIN, **EXPERTS),
 }
 FAMILIES: dict[str, PretrainedConfig] = WINDOWED | ROUTED
+#: Those that share every mechanism with another family: slow tests have them.
+ALIKE = ("cohere2", "ministral", "starcoder2", "mixtral, window", "qwen2-moe", "olmoe")
+
+
+def each(names: Iterable[str]) -> list[ParameterSet]:
+    """Parameters of a test."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in names]
 
 
 def tiny(name: str, **settings) -> PreTrainedModel:
