@@ -374,6 +374,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
             (*self.token_columns, "ref_logps"),
             self.required_columns(args),
             self._rule,
+            parts=self._is_vlm,
         )
         return dataset
 
