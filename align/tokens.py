@@ -233,6 +233,13 @@ def _shared_text(
     return commonprefix([prompt_ids, *wholes])
 
 
+def _shortened(tokenizer, rest: Sequence[int]) -> str:
+    return (
+        f"tokens merge across the end of a text prompt, {_decode(tokenizer, rest)!r}, so some prompts end before it, as in TRL; end "
+        "prompts on a token boundary, or unset trl_completions"
+    )
+
+
 def _apart(tokenizer, prompt_ids: list[int], prompt: str, completion: str, together: list[int], name: str) -> list[int]:
     """Tokenize a completion so that `prompt_ids` and its ids decode to what `together`, the ids of the whole text, decode to.
 
@@ -484,7 +491,9 @@ def encode_row(
     completions = {side: _checked(prompt, one, names[side], rule) for side, one in completions.items()}
     if isinstance(prompt, str):
         if implicit or rule.trl:
-            prompt_ids = _shared_text(tokenizer, prompt, prompt_ids, completions, names)
+            whole_ids, prompt_ids = prompt_ids, _shared_text(tokenizer, prompt, prompt_ids, completions, names)
+            if not implicit and len(prompt_ids) < len(whole_ids):
+                rule.say("shorter prompt", _shortened(tokenizer, whole_ids[len(prompt_ids) :]))
         found = {
             s: _text_completion_ids(tokenizer, prompt, one, prompt_ids, names[s]) for s, one in completions.items()
         }

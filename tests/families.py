@@ -166,10 +166,10 @@ def _new_processor() -> transformers.ProcessorMixin:
     return transformers.Gemma3Processor(images, tokenizer, chat_template=PARTS_TEMPLATE, image_seq_length=4)
 
 
-#: Messages in parts, as processors get them.
+#: Messages in parts, as processors get them; text in place of parts would be taken for a list of images.
 PARTS_TEMPLATE = (
-    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-    "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<boi>{% endif %}{% endfor %}{% endif %}"
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}{% for part in m['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<boi>{% endif %}{% endfor %}"
     "{{ '<|end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
 )
 

@@ -73,7 +73,7 @@ def assert_equal_to_trl(tmp_path, tokenizer, make, lora=None, pairs=None, **sett
     return trainer, metrics
 
 
-@pytest.mark.parametrize("name", each(FAMILIES))
+@pytest.mark.parametrize("name", each(WINDOWED | ROUTED))
 def test_full_fine_tuning_equals_trl(tmp_path, tokenizer, name):
     trainer, metrics = assert_equal_to_trl(tmp_path, tokenizer, lambda: tiny(name))
     assert ("aux_loss" in metrics) == (name in ROUTED)
@@ -93,7 +93,7 @@ def test_full_fine_tuning_equals_trl(tmp_path, tokenizer, name):
     )
 
 
-@pytest.mark.parametrize("name", each(FAMILIES))
+@pytest.mark.parametrize("name", each(WINDOWED | ROUTED))
 def test_lora_with_checkpointing_and_truncated_prompts_equals_trl(tmp_path, tokenizer, name):
     assert_equal_to_trl(
         tmp_path, tokenizer, lambda: tiny(name), LoraConfig(**LORA), gradient_checkpointing=True,
@@ -135,7 +135,7 @@ def shared_logps(trainer, pairs):
     return outputs.log_probs, labels[:, 1:] != -100
 
 
-@pytest.mark.parametrize("name", each(FAMILIES))
+@pytest.mark.parametrize("name", each(WINDOWED | ROUTED))
 def test_log_probabilities_are_those_of_rows_one_by_one(tmp_path, tokenizer, name):
     pairs = long_pairs()
     trainer, *_ = step(tmp_path, tokenizer, TokenDPOTrainer, tiny(name), None, pairs)
@@ -174,7 +174,7 @@ def others_after_changes(tmp_path, tokenizer, model, share=True):
             yield before, numbers(changed, others)
 
 
-@pytest.mark.parametrize("name", each(FAMILIES))
+@pytest.mark.parametrize("name", each(WINDOWED | ROUTED))
 def test_changing_a_pair_leaves_all_others_as_they_were(tmp_path, tokenizer, name):
     """To the last bit. Experts compute token by token here: see the next test."""
     settings = {"experts_implementation": "batched_mm"} if name in ROUTED else {}
@@ -210,7 +210,7 @@ def trainer_of(tmp_path, tokenizer, model, **settings):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", each(FAMILIES))
+@pytest.mark.parametrize("name", each(WINDOWED | ROUTED))
 def test_fresh_models_share_and_wrong_windows_are_found_out(tmp_path, tokenizer, caplog, name, dtype, monkeypatch):
     """Windows of thousands of positions, weights as small as those of a fresh model, whose attention moves little."""
     window = {"sliding_window": 4096} if getattr(FAMILIES[name], "sliding_window", None) else {}
@@ -372,7 +372,7 @@ def test_passes_of_a_budget_add_up(tmp_path, tokenizer):
         assert_close(*results[1], *results[0], 1e-5)
 
 
-@pytest.mark.parametrize("name", each(FAMILIES))
+@pytest.mark.parametrize("name", each(WINDOWED | ROUTED))
 def test_prefix_trees_score_as_rows_one_by_one(name):
     """Scoring computes prompts once, too."""
     model = tiny(name)

@@ -195,6 +195,15 @@ def test_implicit_prompts_in_text_give_the_rows_of_trl(make, trl, tmp_path):
     )
 
 
+def test_trl_completions_cut_a_text_prompt_where_tokens_merge_and_say_so(tmp_path, tokenizer):
+    rows = [{"prompt": "Question: Tom has 12 app", "chosen": "les and buys 7", "rejected": "les, 16"}]
+    theirs = trainer_of(DPOTrainer, tmp_path, byte_level_tokenizer(), rows, given={"ref_model": tiny_llama()})
+    with pytest.warns(UserWarning, match="tokens merge across the end of a text prompt"):
+        ours = trainer_of(TokenDPOTrainer, tmp_path, tokenizer, rows, trl_completions=True)
+    assert [ours.train_dataset[0][name] for name in IDS] == [theirs.train_dataset[0][name] for name in IDS]
+    assert len(ours.train_dataset[0]["prompt_ids"]) < len(tokenizer(rows[0]["prompt"])["input_ids"])
+
+
 def test_implicit_prompts_are_tokenized_by_the_stage_as_by_the_trainer(tmp_path, tokenizer):
     source = tmp_path / "hh.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in [*HH, {"chosen": "", "rejected": "x"}]))

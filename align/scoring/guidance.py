@@ -108,9 +108,8 @@ def score_guidance(
     adapter = getattr(guide, "active_adapter", None) if hasattr(guide, "peft_config") else None
     if reference is None and adapter is None:
         raise ModelMismatchError("the guide has no adapter to switch off, so it cannot be its own reference; give one")
-    smaller = min(
-        (guide, guide if reference is None else reference), key=vocab_size
-    )  # embeddings are padded to different sizes at times
+    # Embeddings are padded to different sizes at times.
+    smaller = min((guide, guide if reference is None else reference), key=vocab_size)
     options = {"pad_token_id": pad_token_id, "max_tokens_per_batch": max_tokens_per_batch}
 
     def compute(rows: list[Row]) -> dict[str, list[list[float]]]:

@@ -61,7 +61,7 @@ def processing_class_of(model: Any, args: DPOConfig) -> PreTrainedTokenizerBase 
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer that is given, or the one of a processor.
+    """The tokenizer that is given, or the one of a processor, which gets the processor's chat template where it has none.
 
     Raises:
         TypeError: it is neither, in TRL's words.
@@ -69,6 +69,7 @@ def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
     found = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
     if not isinstance(found, PreTrainedTokenizerBase):
         raise TypeError("The `processing_class` must be either a `PreTrainedTokenizerBase` or a `ProcessorMixin`")
+    found.chat_template = found.chat_template or getattr(processing_class, "chat_template", None)
     return found
 
 

@@ -9,6 +9,7 @@ import numpy
 import pyarrow
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
+from trl.data_utils import prepare_multimodal_messages
 
 from ..errors import ConfigError, MissingColumnError, RecordError
 from ..prompts import check_used
@@ -72,6 +73,7 @@ def prepare_preference_dataset(
     columns: Sequence[str],
     required: Sequence[str],
     rule: CompletionRule,
+    parts: bool = False,
 ) -> tuple[Dataset | IterableDataset, dict[str, int]]:
     """Tokenizes text rows, checks all rows, and drops those that have nothing to train on: whose prompt leaves no room for a
     completion, or whose completions are equal, before or after truncation. Their loss would be ln 2 forever.
@@ -84,6 +86,7 @@ def prepare_preference_dataset(
         columns: token-level columns, without their side, that the trainer reads.
         required: prefixed columns that must be there.
         rule: what completions of text and messages end with.
+        parts: whether the chat template takes messages in parts, as a processor's does.
 
     Returns:
         The data set with ids and the columns that are read, and counts: `rows`, `truncated`, and of those dropped
@@ -124,7 +127,7 @@ def prepare_preference_dataset(
     def prepare(row: dict[str, Any], index: int) -> dict[str, Any]:
         ids, where = {}, f"{name} data set, {row_name(row, index)}"
         if not has_ids:
-            ids = encode_pair(tokenizer, row, where, rule)
+            ids = encode_pair(tokenizer, _in_parts(row) if parts else row, where, rule)
             check_used(row, row.get("prompt") or row["chosen"], where)
         check({**row, **ids}, index)
         return ids
@@ -151,6 +154,12 @@ def prepare_preference_dataset(
             dataset = dataset.select(numpy.flatnonzero(reasons == 0))
     check_weighs(dataset, name)
     return dataset, counts
+
+
+def _in_parts(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose messages have parts in place of text, as TRL gives them to a processor."""
+    columns = [column for column in ("prompt", *SIDES) if isinstance(row.get(column), list)]
+    return {**row, **{column: prepare_multimodal_messages(row[column]) for column in columns}}
 
 
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")

@@ -400,6 +400,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
             (*self.token_columns, "ref_logps"),
             self.required_columns(args),
             self._rule,
+            parts=self._is_vlm,
         )
         if hasattr(self, "data_collator"):  # given to `evaluate`; of those before, the constructor sees to it
             check_collator(self, dataset, dataset_name)
