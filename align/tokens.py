@@ -517,7 +517,10 @@ def _checked(prompt, completion, name: str, rule: CompletionRule):
         raise RecordError(f"{name} is empty: {str(completion)[:80]} says nothing; remove the row or give it text")
     if isinstance(prompt, str):
         if not isinstance(completion, str):
-            raise RecordError(f"{name} is chat messages, but its prompt is text; give both as text or both as messages")
+            raise RecordError(
+                f"{name} is chat messages, but its prompt is text; give both alike (`align tokenize` makes pairs of conversations that "
+                "begin with the prompt)"
+            )
         return completion
     if isinstance(completion, str):
         return [{"role": "assistant", "content": completion}]

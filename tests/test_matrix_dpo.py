@@ -1,10 +1,12 @@
 """TRL's `DPOTrainer` and ours on the same arguments, setting by setting; see `differential`."""
 
+from dataclasses import replace
+
 import peft
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
-from differential import Case, check, differ
+from differential import DIFFERENCES, PADDED, Case, check, differ
 from families import FAMILIES, family_tokenizer, multimodal_folder, multimodal_processor
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -265,7 +267,10 @@ TRAINING = [
     Case("liger fused loss", {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}}, raises=True),
     Case("adamw", {"optim": "adamw_torch", "learning_rate": 1e-4}, tolerance=1e-4),
     Case("bf16", {"bf16": True}, tolerance=0.1),
+    Case("bf16, padded rows", {"bf16": True}, ours={"prefix_sharing": False}, tolerance=PADDED),
     Case("model in bfloat16", model=half, tolerance=0.1),
+    Case("model in bfloat16, padded rows", model=half, ours={"prefix_sharing": False}, tolerance=PADDED),
+    Case("padded rows", ours={"prefix_sharing": False}, tolerance=PADDED),
     Case("dropout", {"disable_dropout": False}, model=dropping),
     Case("dropout disabled", model=dropping),
     Case("evaluation", {"eval_strategy": "steps", "eval_steps": 2}, trainer={"eval_dataset": text}),
@@ -380,51 +385,51 @@ PYTHON_VALUES = "TRL fails on rows in this form; they are read here as Python va
 
 differ(
     {
-        "loss aot": (
+        "dpo: loss aot": (
             "refused",
             "`aot` sorts policy and reference ratios apart, so no function of weighted log-ratios is left",
         ),
-        "use_weighting": (
+        "dpo: use_weighting": (
             "refused",
             "`use_weighting` computes weights of its own from log-probabilities without token weights",
         ),
-        "loss unknown": ("own words", OWN_WORDS),
-        "divergence unknown": ("own words", OWN_WORDS),
-        "truncation_mode unknown": ("own words", OWN_WORDS),
-        "pad_token unknown": ("own words", OWN_WORDS),
-        "max_length fills prompts": ("own words", "TRL drops all rows and then fails on an empty data set"),
-        "precompute a stream": ("own words", OWN_WORDS),
-        "precompute, a stream to evaluate": ("own words", OWN_WORDS),
-        "ref_model is a string": ("own words", OWN_WORDS),
-        "dropout disabled": (
+        "dpo: loss unknown": ("own words", OWN_WORDS),
+        "dpo: divergence unknown": ("own words", OWN_WORDS),
+        "dpo: truncation_mode unknown": ("own words", OWN_WORDS),
+        "dpo: pad_token unknown": ("own words", OWN_WORDS),
+        "dpo: max_length fills prompts": ("own words", "TRL drops all rows and then fails on an empty data set"),
+        "dpo: precompute a stream": ("own words", OWN_WORDS),
+        "dpo: precompute, a stream to evaluate": ("own words", OWN_WORDS),
+        "dpo: ref_model is a string": ("own words", OWN_WORDS),
+        "dpo: dropout disabled": (
             "other numbers",
             "`disable_dropout=True` of TRL reaches modules alone; here it also reaches `attention_dropout`, a function",
         ),
-        "data_collator of TRL, precompute": (
+        "dpo: data_collator of TRL, precompute": (
             "refused",
             "the reference's numbers are token-level columns, which TRL's collator leaves out of the batch",
         ),
-        "processor, images": ("refused", "token-level columns beside images are not supported"),
-        "family opt": (
+        "dpo: processor, images": ("refused", "token-level columns beside images are not supported"),
+        "dpo: family opt": (
             "other numbers",
             "OPT's dropout is a function, which `disable_dropout=True` of TRL does not reach; here it is disabled",
         ),
-        "no such layer": ("own words", "the error also names the layers that the model has"),
-        "ids": ("accepted", "TRL takes no ids; here, text is never tokenized twice"),
-        "rows made lazily": (
+        "dpo: no such layer": ("own words", "the error also names the layers that the model has"),
+        "dpo: ids": ("accepted", "TRL takes no ids; here, text is never tokenized twice"),
+        "dpo: rows made lazily": (
             "accepted",
             "TRL's own columns are hidden by a data set's transform; here, it makes each row once",
         ),
-        "numpy format": ("accepted", PYTHON_VALUES),
-        "torch format": ("accepted", PYTHON_VALUES),
-        "torch format of ids": ("accepted", PYTHON_VALUES),
-        "empty completion": ("refused", "nothing was answered, and only an end token would be trained on"),
-        "data in a list": ("own words", OWN_WORDS),
-        "no data": ("own words", OWN_WORDS),
-        "whole conversations beside a prompt": ("own words", NAMED_ROW),
-        "no rejected column": ("own words", NAMED_ROW),
-        "null in a row": ("own words", NAMED_ROW),
-        "equal pairs among others": (
+        "dpo: numpy format": ("accepted", PYTHON_VALUES),
+        "dpo: torch format": ("accepted", PYTHON_VALUES),
+        "dpo: torch format of ids": ("accepted", PYTHON_VALUES),
+        "dpo: empty completion": ("refused", "nothing was answered, and only an end token would be trained on"),
+        "dpo: data in a list": ("own words", OWN_WORDS),
+        "dpo: no data": ("own words", OWN_WORDS),
+        "dpo: whole conversations beside a prompt": ("own words", NAMED_ROW),
+        "dpo: no rejected column": ("own words", NAMED_ROW),
+        "dpo: null in a row": ("own words", NAMED_ROW),
+        "dpo: equal pairs among others": (
             "other numbers",
             "pairs whose sides are equal are dropped and counted, because their loss is ln 2 whatever the model does",
         ),
@@ -432,6 +437,36 @@ differ(
 )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+#: One case of each kind; the others are minutes rather than seconds.
+QUICK = {
+    "plain", "padded rows", "bf16, padded rows", "losses MPO", "loss aot", "use_weighting", "ld_alpha ipo", "divergence hinge", "loss unknown", "max_length 16",
+    "max_length 16, keep_end", "pad_to_multiple_of", "pad_token unknown", "precompute", "precompute a stream", "ref_model ipo",
+    "sync_ref_model", "adapted before", "gradient_accumulation", "gradient_checkpointing", "evaluation of a dict",
+    "compute_metrics", "neftune", "dropout disabled", "data_collator of TRL", "LoRA, dropout on", "LoRA, head", "DoRA",
+    "modules_to_save", "IA3", "prompt tuning", "prefix tuning", "no such layer", "implicit prompts in text",
+    "implicit prompts in chat", "chat with tools", "ids", "stream", "rows made lazily", "columns of others", "empty completion",
+    "null in a row", "equal pairs among others", "whole conversations beside a prompt", "family gpt2", "family mistral",
+    "family gemma2", "family mixtral, auxiliary loss", "processor, chat", "processor, images",
+}  # fmt: skip
+
+
+def _cases():
+    return [
+        pytest.param(
+            replace(case, name=f"dpo: {case.name}"),
+            id=case.name,
+            marks=[] if case.name in QUICK else [pytest.mark.slow],
+        )
+        for case in CASES
+    ]
+
+
+@pytest.mark.parametrize("case", _cases())
 def test_same_as_trl(case, tmp_path):
     check(case, (DPOTrainer, DPOConfig), (TokenDPOTrainer, TokenDPOConfig), tmp_path, text, trl_completions=True)
+
+
+def test_the_table_names_cases_that_are_there():
+    names = [case.name for case in CASES]
+    assert len(names) == len(set(names)) >= 90 and set(names) >= QUICK
+    assert {name.removeprefix("dpo: ") for name in DIFFERENCES if name.startswith("dpo: ")} <= set(names)

@@ -70,7 +70,12 @@ def test_what_is_refused(tmp_path, tokenizer):
     source, out = str(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
     for rows, error, words in (
         ([{"prompt": "x", "chosen": "y"}], MissingColumnError, "row 0: no rejected"),
-        ([{"chosen": "y", "rejected": "z"}], MissingColumnError, "row 0: no prompt; one of the columns"),
+        ([{"chosen": "y", "rejected": "z"}], RecordError, "row 0: chosen and rejected must begin with the same prompt"),
+        (
+            [{"prompt": None, "chosen": "y", "rejected": "z"}],
+            MissingColumnError,
+            "row 0: no prompt; one of the columns",
+        ),
         (TEXT[1:3], RecordError, "none of its 2 rows can be used"),
     ):
         write_records(source, rows)

@@ -57,7 +57,7 @@ def test_data_sets_without_rows(tmp_path, name):
         build(tmp_path, name, rows, rows.select([]))
     with pytest.raises(RecordError, match="hard data set: it has no rows"):
         build(tmp_path, name, rows, {"easy": rows, "hard": rows.select([])})
-    with pytest.raises(ConfigError, match="train data set is missing"):
+    with pytest.raises(ConfigError, match="`train_dataset` is required"):
         build(tmp_path, name, None)
     with pytest.raises(ConfigError, match=r"train data set is a list.*Dataset.from_list"):
         build(tmp_path, name, list(rows))

@@ -8,19 +8,23 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from accelerate.logging import get_logger
+from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from trl.trainer.utils import get_config_model_id
 
 from ..damage import whole_folders
 from ..errors import ConfigError
 from ..hub import check_source, source_of
-from ..models import base_model
+from ..models import base_model, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig, PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
     from trl import DPOConfig, SFTConfig
+
+logger = get_logger(__name__)
 
 
 def source_of_trainer(args: DPOConfig | SFTConfig) -> dict[str, Any]:
@@ -36,6 +40,24 @@ def model_name(model: Any) -> str:
 def default_output(model: Any, trainer: type) -> str:
     """The folder of a trainer without `args`: as in TRL, the model's name and the method's."""
     return f"{model_name(model).split('/')[-1]}-{trainer.__name__.removesuffix('Trainer')}"
+
+
+def processing_class_of(model: Any, args: DPOConfig) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """A model's own processor, or its tokenizer where it has none: what TRL loads, so that both are saved alike.
+
+    Raises:
+        ConfigError: the model has no name.
+        AlignError: see `align.load_tokenizer`.
+    """
+    name, source = name_of_tokenizer(model), source_of_trainer(args)
+    tokenizer = load_tokenizer(name, **source)
+    if type(config_of(model, args)) not in PROCESSOR_MAPPING:
+        return tokenizer
+    try:
+        return AutoProcessor.from_pretrained(name, **source)
+    except (ImportError, OSError, ValueError) as error:
+        logger.warning(f"{name}: the processor cannot be loaded ({error}); its tokenizer alone is used, and saved")
+        return tokenizer
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:

@@ -44,8 +44,9 @@ def check_not_empty(dataset: Any, name: str) -> None:
         RecordError: it has no rows.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
-        found = "missing" if dataset is None else f"a {type(dataset).__name__}"
-        raise ConfigError(f"{name} data set is {found}; give a datasets.Dataset, such as Dataset.from_list(rows)")
+        found = f"{name} data set is {'missing' if dataset is None else 'a ' + type(dataset).__name__}"
+        found = "`train_dataset` is required" if dataset is None and name == "train" else found  # TRL's words
+        raise ConfigError(f"{found}; give a datasets.Dataset, such as Dataset.from_list(rows)")
     if next(iter(dataset), None) is None:
         raise RecordError(f"{name} data set: it has no rows; give some, or look for what left all of them out")
 

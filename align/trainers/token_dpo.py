@@ -17,7 +17,7 @@ from ..checks import fit_fields
 from ..damage import whole_folders
 from ..errors import ConfigError
 from ..losses import weighted_logps
-from ..models import keep_trainable, load_tokenizer, vocab_size
+from ..models import keep_trainable, vocab_size
 from ..positions import check_positions
 from ..processes import check_group
 from ..safety import no_pickles
@@ -27,7 +27,7 @@ from .loading import (
     check_without_images,
     config_of,
     default_output,
-    name_of_tokenizer,
+    processing_class_of,
     set_pad_token,
     source_of_trainer,
     tokenizer_of,
@@ -229,7 +229,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         for dataset_name, dataset in data_sets(train_dataset, eval_dataset):
             check_not_empty(dataset, dataset_name)
         if processing_class is None:
-            processing_class = load_tokenizer(name_of_tokenizer(model), **source_of_trainer(args))
+            processing_class = processing_class_of(model, args)
         tokenizer = tokenizer_of(processing_class)
         check_without_images(processing_class, column_names(train_dataset), type(self).__name__)
         if data_collator is not None and not isinstance(data_collator, TokenPreferenceCollator):

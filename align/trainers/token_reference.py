@@ -94,7 +94,9 @@ class TokenReference(DPOTrainer):
             return None
         reference = self.model if self.ref_model is None else self.ref_model
         off = [name for name in getattr(reference, "peft_config", {}) if name != "ref"]
-        key = weights_key(self.accelerator.unwrap_model(reference), off, self.accelerator.mixed_precision)
+        key = weights_key(
+            self.accelerator.unwrap_model(reference, keep_torch_compile=False), off, self.accelerator.mixed_precision
+        )
         return ReferenceCache(default_folder(), key)
 
     def _compute_ref_logps(self, dataset, batch_size: int, bar: tqdm) -> dict[str, list[list[float]]]:
