@@ -84,18 +84,17 @@ _LEAST = {
 }  # fmt: skip
 
 
-#: Fields that take more than their types tell: transformers sets `fsdp` to True itself, and its parser `debug` to None.
-_LOOSE = ("fsdp", "debug")
-
 _CHOICES = {"truncation_mode": ("keep_start", "keep_end")}
 
 
 def fit_fields(config: Any) -> None:
     """Puts `fitted` values into the fields of a training's configuration, and checks those that must not be too small."""
     cls = type(config)
-    values = {
-        field.name: getattr(config, field.name) for field in fields(cls) if field.init and field.name not in _LOOSE
-    }
+    # transformers declares `fsdp` as text, takes more than that, and sets it to True itself. Its parser of command lines sets
+    # `debug` to None where it is not given.
+    values = {field.name: getattr(config, field.name) for field in fields(cls) if field.init and field.name != "fsdp"}
+    if values.get("debug", "") is None:
+        del values["debug"]
     for name, value in fitted(cls, values, cls.__name__).items():
         setattr(config, name, value)
         unused = name == "num_train_epochs" and values.get("max_steps", -1) > 0
