@@ -24,7 +24,8 @@ class Batch:
     """Trees of a forward pass; B trees, padded to W nodes, with N completion tokens in all.
 
     Args:
-        inputs: `input_ids` (B, W), `attention_mask` (B, W) or of `masks_of_layers`, and `position_ids` (B, W) where trees branch.
+        inputs: `input_ids` (B, W), `attention_mask` (B, W) or of `masks_of_layers`, and `position_ids` (B, W) where trees
+            branch.
         predicting: (B, W) bool, U nodes that predict a completion token.
         positions: (N,) which of the U nodes predicts each token; where completions part, one node predicts several.
         token_ids: (N,) the tokens, row after row.
@@ -101,7 +102,7 @@ def lay_out(
 #: What transformers calls layers that attend to all positions before, and to the last `sliding_window` of them.
 FULL, SLIDING = "full_attention", "sliding_attention"
 
-#: Names under which configurations keep attention of other kinds, which depends on more than ancestors and their distance.
+#: Names under which configurations keep attention that depends on more than ancestors and their distance.
 WINDOWS = ("attention_types", "window_size", "attention_window_size", "attention_chunk_size", "alibi")
 
 
@@ -148,7 +149,7 @@ def length_dependent(config: PretrainedConfig) -> str | None:
 
 
 def windows(config: PretrainedConfig) -> dict[str, int | None]:
-    """Per kind of layers of a model, how many positions its attention reaches back, its own among them; `None` is all."""
+    """Per kind of layers, how many positions their attention reaches back, their own among them; `None` is all."""
     text = config.get_text_config()
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None) or [FULL if window is None else SLIDING]
@@ -169,7 +170,7 @@ def masks_of_layers(config: PretrainedConfig, make: Callable[[int | None], Any])
 def short_windows(model: PreTrainedModel, window: int = 3):
     """Makes sliding windows `window` positions long within the block, so that a short row reaches beyond them.
 
-    Changes what modules and their configurations keep, because which of the two a forward pass reads is nowhere declared.
+    Changes modules and their configurations, because which of the two a forward pass reads is nowhere declared.
     """
     known = [model.config.get_text_config(), *model.modules()]
     holders = {id(one): one for part in known for one in (part, getattr(part, "config", None))}

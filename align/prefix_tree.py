@@ -91,7 +91,7 @@ def ancestor_mask(trees: Sequence[PrefixTree], width: int) -> torch.Tensor:
 
 
 def within(mask: torch.Tensor, positions: torch.Tensor, window: int | None) -> torch.Tensor:
-    """A bool mask (B, 1, W, W) without what lies `window` positions back or more, as transformers' sliding windows have it.
+    """A bool mask (B, 1, W, W) without what lies `window` positions back or more, as in transformers' sliding windows.
 
     Args:
         positions: (B, W).

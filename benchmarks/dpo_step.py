@@ -5,7 +5,8 @@
 All three take the same pairs on the same weights (random ones), on a CPU in turn; a time is a median, a ratio one of medians. A
 step is the loss and its gradient, without the optimizer's update, which is the same for all. The floor is one
 forward and backward pass of the bare model on exactly the tokens that have to be computed, each once: rows of equal length,
-attention as the bare model has it, no padding and no mask of ours, the head on labelled positions alone, no loss of a router; on a CPU all at once or in groups of about
+attention as the bare model has it, no padding and no mask of ours, the head on labelled positions alone, no loss of a
+router; on a CPU all at once or in groups of about
 1,024 tokens, with all logits at once or with our head, whichever is fastest. Peak memory is that of a process of its own (CPU), or of the allocator (CUDA).
 """
 

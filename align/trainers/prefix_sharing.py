@@ -218,7 +218,8 @@ def differs(
     )
     labels = ids.clone()
     labels[:, : len(prompts[0])] = IGNORED
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "fused_lm_head": True, "use_cache": False}  # fmt: skip
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    batch |= {"fused_lm_head": True, "use_cache": False}
     router = {"output_router_logits": True} if routed else {}
     mistakes = [UNMASKED, *([UNWINDOWED] if any(windows(sharing.base.config).values()) else [])]
     training, name, kind = model.training, type(sharing.base).__name__, ids.device.type
