@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from families import family_folder, family_tokenizer
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, set_seed
 
+from align import trl_versions
 from align.errors import AlignError
 
 #: Steps of a run.
@@ -224,6 +226,10 @@ def check(
         first = run(*theirs, case, folder / "trl", default_data)
         second = run(*ours, case, folder / "align", default_data, **{**own, **case.ours})
     found = difference(first, second, case.tolerance)
+    if trl_versions.installed() < Version(trl_versions.NEWEST):
+        # The table is the newest TRL's. An older one raises where that does not; it may not train with other numbers.
+        assert found is None or found[0] != "other numbers" or case.name in DIFFERENCES, f"{case.name}: {found}"
+        return
     if case.name not in DIFFERENCES:
         assert found is None, f"{case.name} differs and has no row in DIFFERENCES: {found}"
         assert (first.error is not None) == case.raises, f"{case.name}: {first.error!r}, and raises = {case.raises}"

@@ -315,7 +315,9 @@ def test_both_sides_have_one_prompt_and_a_shortened_one_is_said_once(tmp_path):
         encode_completion(tokenizer, USER, "5", encode_prompt(tokenizer, USER), "row 4: solution")
 
 
-@pytest.mark.parametrize("template", [pytest.param(R1, marks=SINCE_1_15), NEMOTRON, QWEN])
+@pytest.mark.parametrize(
+    "template", [pytest.param(R1, marks=SINCE_1_15), pytest.param(NEMOTRON, marks=SINCE_1_15), QWEN]
+)
 def test_ids_are_trls_under_the_option(tmp_path, template):
     """TRL cuts prompts where they differ, and takes what the template renders."""
     rows = [
