@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from . import __version__
 from .errors import ConfigError
+from .lm_head import own_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -136,14 +137,14 @@ def _from_logits(outputs: Any, labels: torch.Tensor) -> _TokenOutput:
 def _add_head_of_logits(model: PreTrainedModel) -> None:
     """Lets `model(..., labels=labels, fused_lm_head=True)` return a `_TokenOutput`. `shift_labels` are labels that stand
     beside the positions that predict them."""
-    own = model.forward
+    own = own_forward(model)
 
     @functools.wraps(type(model).forward)  # because `generate` checks its arguments against the signature
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
-            return own(*args, **kwargs)
+            return own(self, *args, **kwargs)
         labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
-        return _from_logits(own(*args, **kwargs), labels[:, 1:] if shifted is None else shifted)
+        return _from_logits(own(self, *args, **kwargs), labels[:, 1:] if shifted is None else shifted)
 
     forward.has_token_head = True
     model.forward = types.MethodType(forward, model)
