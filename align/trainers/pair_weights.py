@@ -9,7 +9,9 @@ import torch
 
 from ..errors import ConfigError
 from ..records import PAIR_WEIGHT
+from .longest import collate_first
 from .preference_data import SIDES, column_names
+from .preflight import same_random_numbers
 from .token_budget import Part
 from .token_reference import PREFIX
 
@@ -32,9 +34,10 @@ def check_weighable(dataset: Any, name: str, args: TokenDPOConfig) -> None:
 def check_collator(trainer: TokenDPOTrainer, dataset: Any, name: str) -> None:
     """Raises a ConfigError where the collator leaves a column out of the batch that the loss reads."""
     report = trainer.data_report.get(name, {})
-    counts, row = dict(report), next(iter(dataset))
-    report.update(counts)  # a stream counts what it drops before its first row, and does so again when it is read
-    batch = trainer.data_collator([row])
+    counts = dict(report)
+    with same_random_numbers():  # a collator may draw some, and the training must not begin with others than TRL's
+        row, batch = collate_first(trainer, dataset)
+    report.update(counts)  # a stream counts the rows that it drops before its first one, and counts them again later
     columns = (*trainer.token_columns, "ref_logps")
     expected = {f"{side}_{column}": f"{PREFIX}{side}_{column}" for side in SIDES for column in columns}
     expected[PAIR_WEIGHT] = PAIR_WEIGHTS

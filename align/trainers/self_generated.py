@@ -163,7 +163,7 @@ class SelfGeneratedTrainer(GuardedSFTTrainer):
         self._stored: list[Record] = []  # of the checkpoint
         self._done: Callable[[int], Any] = lambda count: None  # moves the bar of a window that is drawn
         with same_random_numbers():
-            self.check_collator(collate_first(self))
+            self.check_collator(collate_first(self, self.train_dataset)[1])
 
     def check_collator(self, batch: Mapping[str, Any]) -> None:
         """Raises a ConfigError where the collator, which made `batch`, cannot be used. Called once, before the training."""

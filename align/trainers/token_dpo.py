@@ -39,7 +39,7 @@ from .longest import LongestBatch, longest_pairs
 from .pair_weights import PAIR_WEIGHTS, check_collator, check_weighable, groups_of
 from .preference_data import SIDES, check_precomputable, column_names, has_reference, prepare_preference_dataset
 from .prefix_sharing import PaddedRows, PrefixSharing, layout_of
-from .preflight import Preflight
+from .preflight import Preflight, same_random_numbers
 from .reference_check import check_reference_columns
 from .reference_model import check_adapters, copy_partitioned, frozen_copy, is_partitioned
 from .row_checks import check_not_empty, check_pair_lengths, data_sets
@@ -322,9 +322,10 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
             self._check_token_budget()
         self._layout, self._ref_layout  # noqa: B018 (a model that cannot share says so now)
         self._constant_weights = ConstantWeights(self)
-        self._constant_weights.look_at_rows()
-        if stored and args.check_reference and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            check_reference_columns(self)
+        with same_random_numbers():  # a collator of the user's may draw some
+            self._constant_weights.look_at_rows()
+            if stored and args.check_reference and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+                check_reference_columns(self)
         for counts in self.data_report.values():
             if "rows" not in counts:  # a stream's first row was looked at, and begins the training again
                 counts.update(dict.fromkeys(counts, 0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import datasets
-import numpy
 import torch
 from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -23,6 +21,7 @@ from trl import DPOTrainer, SFTConfig, SFTTrainer
 
 from .. import __version__, trl_versions
 from ..errors import ConfigError
+from .preflight import same_random_numbers
 from .token_budget import metrics_aside
 from .token_reference import PREFIX
 
@@ -104,16 +103,13 @@ def _aside() -> Iterator[None]:
         del os.environ[name]
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    numbers = random.getstate(), numpy.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     _checking = True
     try:
-        with torch.random.fork_rng(devices):
+        with same_random_numbers(devices):
             yield
     finally:
         _checking = False
-        random.setstate(numbers[0])
-        numpy.random.set_state(numbers[1])
         if not bars:
             datasets.enable_progress_bars()
         os.environ.update(launch)
