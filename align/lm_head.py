@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: Numbers of a chunk of logits: small enough for glibc to keep its pages, large enough for matrix products.
 CHUNK = 1 << 23
 
-#: What models do to logits behind the head but for a soft cap, by the names their configurations give it.
+#: Settings of configurations that change logits after the head, except for a soft cap.
 BEHIND_THE_HEAD = (
     "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling",
 )  # fmt: skip
@@ -137,8 +137,8 @@ def _on_cpu(head: torch.nn.Linear) -> bool:
 def own_forward(module: torch.nn.Module) -> Callable[..., Any]:
     """A module's `forward` as a function of the module, for what replaces it.
 
-    A bound method would stay bound to this module in a deep copy, so that a reference copied from a policy would compute with
-    the policy's weights.
+    A bound method would stay bound to this module in a deep copy. Then a reference that is copied from a policy would
+    compute with the policy's weights.
     """
     forward = module.forward
     if getattr(forward, "__self__", None) is module:
@@ -147,10 +147,10 @@ def own_forward(module: torch.nn.Module) -> Callable[..., Any]:
 
 
 def select_labelled(model: PreTrainedModel) -> None:
-    """Lets the backbone of a causal LM, its `base_model`, hand its head the labelled positions alone.
+    """Lets the backbone of a causal LM, its `base_model`, give its head the labelled positions alone.
 
-    `labelled` (U,) are flat indices into the batch's positions: hidden states come out as (1, U, H). `seen` is the mask of
-    attention where `attention_mask` is one that a router's loss reads. All other calls are the backbone's own.
+    `labelled` (U,) are flat indices into the batch's positions: hidden states come out as (1, U, H). `seen` is the mask
+    of attention where `attention_mask` is one that a router's loss reads. All other calls are the backbone's own.
     """
     own = own_forward(model.base_model)
 
@@ -170,8 +170,8 @@ def add_token_head(model: PreTrainedModel) -> None:
     """Lets `model(..., labelled=positions, targets=tokens)` score these positions alone.
 
     `labelled` (U,) are flat indices into the batch's positions, `targets` (U,) the tokens that they predict. All other calls
-    are the model's own. To be called after `select_labelled`, on a model that TRL gave its fused head, before PEFT, DDP or FSDP
-    wrap it.
+    are the model's own. Call it after `select_labelled`, on a model that TRL gave its fused head, before DDP or FSDP wrap
+    it.
     """
     own = own_forward(model)
 

@@ -51,13 +51,17 @@ def check_collator(trainer: TokenDPOTrainer, dataset: Any, name: str) -> None:
 def groups_of(
     weights: torch.Tensor, completion_mask: torch.Tensor, whole: Part | None
 ) -> Iterator[tuple[float, float, Part]]:
-    """The pairs of a batch by their weight: the weight, their share of these pairs, and the part that they are of the batch that
-    the loss is a mean over. Pairs of weight 0 are left out, so that nothing of them gets into the loss, NaN included.
+    """The pairs of a batch, grouped by their weight.
+
+    Pairs of weight 0 are left out, so that nothing of them gets into the loss, NaN included.
 
     Args:
         weights: (B,).
         completion_mask: (2B, L), chosen rows first.
-        whole: what these pairs are themselves a part of.
+        whole: the part that these pairs are of a larger batch, over which the loss is a mean; `None` where they are all.
+
+    Yields:
+        A weight, the share of its pairs in these B, and its pairs as a part of the whole batch.
     """
     share, chosen_share = (1.0, 1.0) if whole is None else (whole.share, whole.chosen_share)
     tokens = completion_mask[: len(weights), 1:].sum(1).tolist()

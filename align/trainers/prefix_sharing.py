@@ -30,8 +30,8 @@ CPU_SLOTS = 1024
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 
-#: What a model is given to find out whether it follows: the layout as it is; without its windows; and no mask, with positions
-#: that go on.
+#: What a trial gives a model: the layout as it is; the layout without windows; no mask, and positions that go on. The last
+#: two are wrong, and show how far a model that ignores its mask would be off.
 FAITHFUL, UNWINDOWED, UNMASKED = "faithful", "unwindowed", "unmasked"
 
 
@@ -130,12 +130,12 @@ class PrefixSharing:
             model: `base`, as PEFT, DDP or FSDP wrap it.
         """
         if not kwargs.get("fused_lm_head"):
-            return model(**kwargs)  # somebody wants logits
+            return model(**kwargs)  # the caller reads logits
         ids, mask, labels = (kwargs.pop(name) for name in ("input_ids", "attention_mask", "labels"))
         on_cpu, routed = ids.device.type == "cpu", kwargs.get("output_router_logits", False)
         if not routed and getattr(self.base.config.get_text_config(), "output_router_logits", False):
-            kwargs["output_router_logits"] = False  # nobody asked for the router's loss
-        # A router's loss is no sum over tokens: all of them are in one pass, each row's last ones too.
+            kwargs["output_router_logits"] = False  # because TRL does not ask for the router's loss
+        # A router's loss is not a sum over tokens, so one pass holds all of them, each row's last one too.
         most = None if routed else self._most(on_cpu)
         layouts = lay_out_pairs(ids, mask, labels, most=most, whole=routed, **self._shape(on_cpu))
         passes = [self._run(model, layout, routed, kwargs) for layout in layouts]
@@ -194,7 +194,7 @@ class PrefixSharing:
         if self.attention == "flex_attention":
             return layout.block_mask(window)
         device = layout.input_ids.device.type
-        # SDPA takes an additive mask in the dtype that a layer computes in alone, eager attention nothing else.
+        # SDPA takes an additive mask only in the dtype that a layer computes in. Eager attention takes no other kind.
         exact = self.base.dtype == torch.float32 and not torch.is_autocast_enabled(device) and not self.quantized
         if self.attention == "eager" or (device == "cpu" and exact):
             return additive(layout.mask(window), self.base.dtype)
@@ -248,9 +248,7 @@ def differs(
     if (error := apart(plain.log_probs, shared.log_probs)) > limit:
         return f"{name} gives other log-probabilities in the shared layout (by {error:.2g})"
     if routed and (error := _largest(plain.aux_loss, shared.aux_loss)) > (1e-4 if exact else 0.05) * plain.aux_loss:
-        return (
-            f"{name} gives another router loss in the shared layout (by {error:.2g}); router_aux_loss_coef=0 is without"
-        )
+        return f"{name} gives another router loss in the shared layout (by {error:.2g}); set router_aux_loss_coef=0 to share"
     return None
 
 

@@ -215,8 +215,10 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
     `rejected_ref_logps` (nats), one number per id, EOS included. Without reference columns the reference is computed
     token by token: by switching the adapter off, or with TRL's `ref_model` in full fine-tuning.
 
-    A column `weight`, one finite number of 0 or more per pair, scales the pair's loss: (1/B) Σ_i weight_i f_i, B being the
+    A column `weight`, one finite number of 0 or more per pair, scales the pair's loss: (1/B) Σ_i weight_i f_i. B is the
     number of pairs in the batch. A pair of weight 0 adds exactly 0. All 1 equals no column, bit for bit.
+
+    Text rows without `prompt` have it as the beginning that chosen and rejected share, as in TRL.
 
     Args:
         See [`~trl.DPOTrainer`].
@@ -403,7 +405,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
             self._rule,
             parts=self._is_vlm,
         )
-        if hasattr(self, "data_collator"):  # given to `evaluate`; of those before, the constructor sees to it
+        if hasattr(self, "data_collator"):  # data given to `evaluate`; the constructor checks earlier data sets
             check_collator(self, dataset, dataset_name)
         return dataset
 
@@ -483,8 +485,9 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
     def _weigh_pairs(
         self, loss: torch.Tensor, seam: _TokenWeightedModel, inputs: dict[str, Any], pair_weights: torch.Tensor
     ) -> torch.Tensor:
-        """(1/B) Σ_i weight_i f_i from log-probabilities that are there: TRL's loss of the pairs of each weight, scaled. The loss of a
-        router is the batch's, and stays as it is.
+        """(1/B) Σ_i weight_i f_i: TRL's loss of the pairs of each weight, scaled, and added up.
+
+        No model is called, because the seam has the log-probabilities. A router's loss belongs to the batch and is not scaled.
 
         Args:
             loss: of the batch without weights, which it is where all of them are 1.
@@ -492,7 +495,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         """
         if (pair_weights == 1).all():
             return loss
-        total = seam.logps[:0].sum()  # 0, whose gradient is there even where no pair has a weight
+        total = seam.logps[:0].sum()  # 0 with a gradient, because every pair of a batch may have weight 0
         with metrics_aside(self):
             for weight, share, part in groups_of(pair_weights, inputs["completion_mask"], self._part):
                 rows = torch.tensor(part.pairs, device=seam.logps.device)
@@ -501,10 +504,10 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         return total + self.router_aux_loss_coef * seam.aux_loss if self.aux_loss_enabled else total
 
     def _finish_loss(self, loss, logratios: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor):
-        """Last word on TRL's loss. Here: takes the weights out of the term `sft`, which is a likelihood, no log-ratio.
+        """Changes TRL's loss. Here: takes the weights out of the term `sft`, which is a likelihood and not a log-ratio.
 
-        It is called for all pairs of a batch and, where pairs have weights, for the pairs of each weight: what it adds must be
-        a mean over pairs.
+        It is called for all pairs of a batch and, where pairs have weights, for the pairs of each weight. So what it adds
+        must be a mean over pairs.
 
         Args:
             loss: TRL's, of the weighted log-ratios.

@@ -47,14 +47,14 @@ SETTINGS = {
     "per_device_train_batch_size": 2,
 }  # fmt: skip
 
-#: What a launch sets that small trainers keep. Its sharding and precision are not theirs.
+#: Variables of a launch that small trainers keep. They drop the others, which set sharding and precision.
 DEVICE = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE")
 
 _checking = False
 
 
 def check_trl(args: Any, difference: Callable[[bool], str | None]) -> None:
-    """Checks that the installed TRL can train with a trainer's settings; warns where its version is untested, and tries it.
+    """Checks that the installed TRL can train with a trainer's settings. Warns about an untested version, and tries it.
 
     Args:
         args: of the trainer.
@@ -131,7 +131,7 @@ def _tiny() -> dict[str, Any]:
 
 
 def dpo_difference(trainer_class: type[TokenDPOTrainer], use_cpu: bool) -> str | None:
-    """How loss and gradient differ from TRL's where all weights are 1; and where all are 2, from TRL's with twice its β."""
+    """How loss and gradient differ from TRL's: with weights of 1, and with weights of 2, which are twice TRL's β."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"output_dir": folder, "use_cpu": use_cpu, "preflight": False, "prefix_sharing": False}
         trainer = trainer_class(
