@@ -1,4 +1,4 @@
-"""What users hand to TRL's `DPOTrainer`, handed to ours: arguments in TRL's order, parsers, rows, processors, compiled models."""
+"""What TRL's `DPOTrainer` takes, given to ours: arguments in TRL's order, parsers, rows, processors, compiled models."""
 
 import dataclasses
 import inspect

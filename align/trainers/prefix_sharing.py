@@ -177,7 +177,7 @@ class PrefixSharing:
         inputs: dict[str, Any] = {"input_ids": layout.input_ids, "labelled": layout.labelled, **kwargs}
         if self._probing != UNMASKED:
             mask = masks_of_layers(self.base.config, lambda window: self._mask(layout, window))
-            # TRL's head gives the router's loss `attention_mask`, which says how often a token counts.
+            # TRL's head gives the router's loss `attention_mask`, which holds how often a token counts.
             masks = {"attention_mask": layout.counts(), "seen": mask} if routed else {"attention_mask": mask}
             inputs |= {"position_ids": layout.position_ids, **masks}
         if not routed and knows_head(self.base):
@@ -241,7 +241,7 @@ def differs(
         model.train(training)
     if drawn:
         return f"{name} draws random numbers in training, and both sides of a pair would share a prompt's"
-    # In bfloat16 rounding alone makes tenths of a nat. What a model makes of a wrong mask says how much is too much.
+    # In bfloat16, rounding alone adds tenths of a nat, so the limit is a share of the error that a wrong mask makes.
     apart = _largest if exact else _mean
     mistake = min(apart(plain.log_probs, found) for found in wrong)
     limit = min(1e-3, mistake / 20) if exact else min(0.3, mistake / 4)

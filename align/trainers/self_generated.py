@@ -101,7 +101,7 @@ class RACConfig(SelfGeneratedConfig):
     """Settings of reference-answer-based correction: see `align.rac.CorrectionSettings`."""
 
     cue: str = field(default=CorrectionSettings.cue, metadata={"help": "Text between own tokens and reference."})
-    prefix_fraction: list[float] = field(  # which parsers of command lines know, unlike a tuple
+    prefix_fraction: list[float] = field(  # parsers of command lines read a list, and no tuple
         default_factory=lambda: list(CorrectionSettings.prefix_fraction),
         metadata={"help": "Least and largest share of a generation that is kept."},
     )
