@@ -90,8 +90,8 @@ _CHOICES = {"truncation_mode": ("keep_start", "keep_end")}
 def fit_fields(config: Any) -> None:
     """Puts `fitted` values into the fields of a training's configuration, and checks those that must not be too small."""
     cls = type(config)
-    # transformers declares `fsdp` as text, takes more than that, and sets it to True itself. Its parser of command lines sets
-    # `debug` to None where it is not given.
+    # transformers declares `fsdp` as text, takes more than that, and sets it to True itself. Its parser of command lines
+    # sets `debug` to None where it is not given.
     values = {field.name: getattr(config, field.name) for field in fields(cls) if field.init and field.name != "fsdp"}
     if values.get("debug", "") is None:
         del values["debug"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 #: Numbers of a chunk of logits: small enough for glibc to keep its pages, large enough for matrix products.
 CHUNK = 1 << 23
 
-#: What models do to logits behind the head but for a soft cap, by the names their configurations give it.
+#: Settings of configurations that change logits after the head, except for a soft cap.
 BEHIND_THE_HEAD = (
     "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling",
 )  # fmt: skip
@@ -133,19 +134,31 @@ def _on_cpu(head: torch.nn.Linear) -> bool:
     return head.weight.device.type == "cpu" and head.weight.dtype in (torch.float32, torch.bfloat16)
 
 
-def select_labelled(model: PreTrainedModel) -> None:
-    """Lets the backbone of a causal LM, its `base_model`, hand its head the labelled positions alone.
+def own_forward(module: torch.nn.Module) -> Callable[..., Any]:
+    """A module's `forward` as a function of the module, for what replaces it.
 
-    `labelled` (U,) are flat indices into the batch's positions: hidden states come out as (1, U, H). `seen` is the mask of
-    attention where `attention_mask` is one that a router's loss reads. All other calls are the backbone's own.
+    A bound method would stay bound to this module in a deep copy. Then a reference that is copied from a policy would
+    compute with the policy's weights.
     """
-    own = model.base_model.forward
+    forward = module.forward
+    if getattr(forward, "__self__", None) is module:
+        return forward.__func__
+    return lambda _self, *args, **kwargs: forward(*args, **kwargs)  # a hook of accelerate's, put there on the module
+
+
+def select_labelled(model: PreTrainedModel) -> None:
+    """Lets the backbone of a causal LM, its `base_model`, give its head the labelled positions alone.
+
+    `labelled` (U,) are flat indices into the batch's positions: hidden states come out as (1, U, H). `seen` is the mask
+    of attention where `attention_mask` is one that a router's loss reads. All other calls are the backbone's own.
+    """
+    own = own_forward(model.base_model)
 
     @functools.wraps(type(model.base_model).forward)
     def forward(self, *args: Any, labelled: torch.Tensor | None = None, seen: Any = None, **kwargs: Any):
         if seen is not None:
             kwargs["attention_mask"] = seen
-        outputs = own(*args, **kwargs)
+        outputs = own(self, *args, **kwargs)
         if labelled is not None:
             outputs.last_hidden_state = outputs.last_hidden_state.flatten(0, 1)[labelled].unsqueeze(0)
         return outputs
@@ -157,15 +170,15 @@ def add_token_head(model: PreTrainedModel) -> None:
     """Lets `model(..., labelled=positions, targets=tokens)` score these positions alone.
 
     `labelled` (U,) are flat indices into the batch's positions, `targets` (U,) the tokens that they predict. All other calls
-    are the model's own. To be called after `select_labelled`, on a model that TRL gave its fused head, before PEFT, DDP or FSDP
-    wrap it.
+    are the model's own. Call it after `select_labelled`, on a model that TRL gave its fused head, before DDP or FSDP wrap
+    it.
     """
-    own = model.forward
+    own = own_forward(model)
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against it
     def forward(self, *args: Any, targets: torch.Tensor | None = None, **kwargs: Any):
         if targets is None:
-            return own(*args, **kwargs)
+            return own(self, *args, **kwargs)
         from .trl_versions import FusedCausalLMOutput
 
         kwargs["use_cache"] = False

@@ -24,8 +24,8 @@ class Batch:
     """Trees of a forward pass; B trees, padded to W nodes, with N completion tokens in all.
 
     Args:
-        inputs: `input_ids` (B, W), `attention_mask` (B, W) or of `masks_of_layers`, and `position_ids` (B, W) where trees
-            branch.
+        inputs: `input_ids` (B, W), `attention_mask` (B, W) or that of `masks_of_layers`, and `position_ids` (B, W) where
+            trees branch.
         predicting: (B, W) bool, U nodes that predict a completion token.
         positions: (N,) which of the U nodes predicts each token; where completions part, one node predicts several.
         token_ids: (N,) the tokens, row after row.
@@ -110,8 +110,9 @@ WINDOWS = ("attention_types", "window_size", "attention_window_size", "attention
 def head_on(model: PreTrainedModel, positions: torch.Tensor):
     """Lets the LM head see the hidden states of `positions` (B, W, bool) only, as one row (1, U, H).
 
-    A hook on the head, not a head of our own: scaling and soft-capping after it stay the model's. A prompt-learning adapter
-    puts virtual tokens before each row, so the W positions are the last ones. Routers' losses are left out.
+    A hook on the head, not a head of our own, so that scaling and soft-capping after it stay the model's. A
+    prompt-learning adapter puts virtual tokens before each row, so the W positions are the last ones. Routers' losses are
+    left out.
     """
 
     def select(_module, args):
@@ -225,11 +226,11 @@ def configured_not_to_share(model: PreTrainedModel, implementations: Sequence[st
 
 
 def shares_prefixes(model: PreTrainedModel) -> bool | None:
-    """Whether a model computes the same for a prefix tree as for its sequences one by one; `None` where that cannot be told: what
-    it computes is no number, or it has too few tokens to try.
+    """Whether a model computes the same for a prefix tree as for its sequences one by one.
 
-    Asked of the configuration, and then of the model itself, once, on a few tokens: what a forward pass makes of a mask and
-    position ids is nowhere declared.
+    `None` where a trial cannot show it: the model's numbers are not finite, or its vocabulary is too small to try. The
+    configuration is read first. Then a few tokens are tried once, because no configuration declares how a model uses a
+    mask and position ids.
     """
     base = base_model(model)
     known = getattr(base, "_align_shares_prefixes", None)

@@ -208,8 +208,11 @@ def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 @contextmanager
 def without_router_loss(model: PreTrainedModel | PeftModel):
-    """Turns off the routers' auxiliary loss within the block. A pass that only asks for logits has no use for it, and beside a
-    cache it raises, because its mask is longer than the tokens that were routed."""
+    """Turns off the routers' auxiliary loss within the block.
+
+    A pass that computes only logits does not need it. Beside a cache it raises, because the mask is longer than the
+    tokens that were routed.
+    """
     config = base_model(model).config
     asked = [each for each in (config, config.get_text_config()) if getattr(each, "output_router_logits", False)]
     for each in asked:

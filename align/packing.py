@@ -7,9 +7,9 @@ A pair of rows c (chosen) and r (rejected) whose first m tokens are the same bec
 m is the prompt's length, so the trunk is the prompt but for its last token. A branch attends to the trunk and to itself, and
 its positions go on from the trunk's, so every slot sees what it would see in its own row. The prompt's last token stands in
 both branches: every slot predicts exactly one token. A row's last token predicts nothing and gets no slot, unless a loss
-counts every token of a row, as a router's does. A window of attention is a bound on the distance of positions. Several pairs
-lie in one row of slots, and see nothing of each other. What else two completions begin with is not shared: where the slots
-of a batch lie depends on lengths alone, and so, to the last bit, do the numbers of all other pairs when a token changes.
+counts every token of a row, as a router's does. A window of attention is a bound on the distance of positions. Several
+pairs lie in one row of slots, and see nothing of each other. What else two completions begin with is not shared. So where
+the slots of a batch lie depends on lengths alone, and a token that changes leaves all other pairs' numbers bit for bit.
 """
 
 from __future__ import annotations

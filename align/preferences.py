@@ -41,8 +41,8 @@ def tokenize_pairs(
     """The stage `align tokenize`: writes pair records of a preference data set.
 
     A row has `prompt` (or `question`, `problem`, `instruction`), `chosen` and `rejected`, each as text or as messages;
-    messages of `chosen` and `rejected` may begin with the prompt's, and so may their text where a row has no prompt's column. A
-    column `weight`, which scales the pair's loss, is kept.
+    messages of `chosen` and `rejected` may begin with the prompt's. Where a row has no column for its prompt, their text
+    begins with it. A column `weight`, which scales the pair's loss, is kept.
 
     Args:
         source, split, subset: see `align.sources.load_rows`.

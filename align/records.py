@@ -354,8 +354,9 @@ def _json_array(values: Sequence[Any]) -> Any:
 
 
 def check_records(rows: Iterable[Mapping[str, Any]], kind: str, source: str = "records") -> None:
-    """Checks that rows are records of `kind`: columns present, ids integers, token-level columns as long as their ids, and the
-    `weight` of pairs a number in all of them or in none.
+    """Checks that rows are records of `kind`: columns present, ids integers, token-level columns as long as their ids.
+
+    Of pairs, `weight` is a number in all of them or in none.
 
     Raises:
         MissingColumnError: a required column is missing from a row.

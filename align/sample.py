@@ -315,8 +315,10 @@ def generate_ids(model: PreTrainedModel, options: GenerationConfig, **inputs: An
 def _generate_behind_virtual_tokens(
     model: PeftModel, options: GenerationConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor, **others: Any
 ) -> torch.Tensor:
-    """`generate` of the bare model, whose cache has the virtual tokens of a prompt-learning adapter. PEFT's own leaves them out of
-    the positions, and a prefix out of everything."""
+    """`generate` of the bare model, whose cache has the virtual tokens of a prompt-learning adapter.
+
+    PEFT's own `generate` leaves virtual tokens out of the positions, and drops those of a prefix.
+    """
     import torch
     from transformers import GenerationMixin
 
@@ -332,7 +334,7 @@ def _generate_behind_virtual_tokens(
         prompt = base(inputs_embeds=embeddings, use_cache=True)[cache_name(type(base).forward)]
 
     def before(given: Sequence[Any]) -> list[Any]:
-        """Criteria and processors, which count the tokens that they see."""
+        """Criteria and processors that see a row without its virtual tokens, because they count tokens."""
         return [lambda ids, scores, each=each, **more: each(ids[:, virtual:], scores, **more) for each in given]
 
     others |= {

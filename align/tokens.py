@@ -228,7 +228,7 @@ def _text_completion_ids(tokenizer, prompt: str, completion: str, prompt_ids: li
 def _shared_text(
     tokenizer, prompt: str, prompt_ids: list[int], completions: Mapping[str, str], names: Mapping[str, str]
 ) -> list[int]:
-    """What a text prompt's ids have in common with those of all texts that it begins."""
+    """The first ids of a text prompt, as many as the ids of every whole text begin with."""
     wholes = [_whole_text_ids(tokenizer, prompt, one, names[side]) for side, one in completions.items()]
     return commonprefix([prompt_ids, *wholes])
 
@@ -478,8 +478,8 @@ def encode_row(
         name: how an error names the row.
         template: see `encode_prompt`.
         rule: what completions end with; by default the tokenizer's own, see `CompletionRule.of`.
-        implicit: the prompt is what both texts begin with, which may end within a word. Then its ids end where those of the
-            whole texts part, as in TRL; so they do with `trl_completions`.
+        implicit: the prompt is what both texts begin with, which may end within a word. Then its ids end where those of
+            the whole texts part, as in TRL. With `trl_completions`, they always do.
 
     Raises:
         RecordError: a completion is empty, has turns of others than the assistant, or goes on after its end; no ids decode
@@ -591,8 +591,8 @@ def encode_pair(
 ) -> dict[str, list[int]]:
     """`prompt_ids`, `chosen_ids` and `rejected_ids` of a preference row of text or messages.
 
-    A row without `prompt` has it as the text or the messages that chosen and rejected begin with (TRL's implicit prompt). Its
-    `tools` (a list, or JSON text of one) and `chat_template_kwargs` reach the chat template, as in TRL.
+    A row without `prompt` has it as the text or the messages that chosen and rejected begin with (TRL's implicit prompt).
+    Its `tools` (a list, or JSON text of one) and `chat_template_kwargs` reach the chat template, as in TRL.
 
     Args:
         implicit: the row had no prompt before; see `encode_row`.
@@ -615,7 +615,7 @@ def encode_pair(
 
 
 def with_prompt(row: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """`prompt`, `chosen` and `rejected` of a row whose texts, or whose messages, begin with the prompt: TRL's `extract_prompt`.
+    """`prompt`, `chosen` and `rejected` of a row whose texts, or messages, begin with the prompt: TRL's `extract_prompt`.
 
     Raises:
         MissingColumnError: the row is text, and has an empty column `prompt`: its completions may not begin with it.
@@ -635,7 +635,8 @@ def with_prompt(row: Mapping[str, Any], name: str) -> dict[str, Any]:
         raise RecordError(f"{name}: chosen is {kinds[0]}, rejected is {kinds[1]}; give both alike")
     if not chosen or not rejected or chosen[0] != rejected[0]:
         raise RecordError(
-            f"{name}: chosen and rejected must begin with the same prompt, and differ from their start; give a column 'prompt'"
+            f"{name}: chosen and rejected must begin with the same prompt, but their first characters or messages differ; "
+            "give a column 'prompt'"
         )
     return extract_prompt({"chosen": chosen, "rejected": rejected})
 

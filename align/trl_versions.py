@@ -1,9 +1,9 @@
 """What differs between the versions of TRL that align supports. No other module depends on TRL's version.
 
-Since 1.15, TRL's DPO calls a model that has a fused LM head, `model(..., labels=labels, fused_lm_head=True)`, which returns
-per-token numbers. TRL 1.14 computes the same numbers from the model's logits, within its loss. Here its models get a head of
-that signature, and its loss takes the numbers through the path that 1.14 has for chunked projections. The numbers are those
-that 1.14 computes from logits. The loss stays TRL's.
+Since 1.15, TRL's DPO calls a model that has a fused LM head, `model(..., labels=labels, fused_lm_head=True)`, which
+returns per-token numbers. TRL 1.14 computes the same numbers from the model's logits, within its loss. Here its models
+get a head of that signature. Its loss takes the numbers through the path that 1.14 has for chunked projections. The
+numbers are those that 1.14 computes from logits. The loss stays TRL's.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from . import __version__
 from .errors import ConfigError
+from .lm_head import own_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 #: The oldest and the newest minor version that the trainers' tests pass on: `make test-versions`.
 OLDEST, NEWEST = "1.14", "1.16"
 
-#: A label that nothing is computed of.
+#: The label of positions that no loss is computed for, as in transformers.
 _IGNORED = -100
 
 
@@ -49,7 +50,7 @@ def refusal(found: str, without: str = "") -> str:
 
     Args:
         found: what does not work.
-        without: what pip should leave out besides.
+        without: versions that pip must leave out, such as `,!=1.15.*`.
     """
     newest = Version(NEWEST)
     requirement = f"trl>={OLDEST},<{newest.major}.{newest.minor + 1}{without}"
@@ -134,16 +135,18 @@ def _from_logits(outputs: Any, labels: torch.Tensor) -> _TokenOutput:
 
 
 def _add_head_of_logits(model: PreTrainedModel) -> None:
-    """Lets `model(..., labels=labels, fused_lm_head=True)` return a `_TokenOutput`. `shift_labels` are labels that stand
-    beside the positions that predict them."""
-    own = model.forward
+    """Lets `model(..., labels=labels, fused_lm_head=True)` return a `_TokenOutput`.
+
+    `shift_labels` are labels that stand beside the positions that predict them.
+    """
+    own = own_forward(model)
 
     @functools.wraps(type(model).forward)  # because `generate` checks its arguments against the signature
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
-            return own(*args, **kwargs)
+            return own(self, *args, **kwargs)
         labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
-        return _from_logits(own(*args, **kwargs), labels[:, 1:] if shifted is None else shifted)
+        return _from_logits(own(self, *args, **kwargs), labels[:, 1:] if shifted is None else shifted)
 
     forward.has_token_head = True
     model.forward = types.MethodType(forward, model)
@@ -178,7 +181,7 @@ class _DPOTrainerOfLogits(trl.DPOTrainer):
         self._log_logits(inputs["completion_mask"][:, 1:].bool())
         if not return_outputs:
             return loss
-        with torch.no_grad():  # somebody wants logits
+        with torch.no_grad():  # the caller reads logits
             return loss, model(
                 **{name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
             )

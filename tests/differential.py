@@ -64,7 +64,7 @@ class Case:
     Args:
         name: what the table of differences calls it.
         config: values of the configuration.
-        data: makes the training data, anew for each trainer.
+        data: makes the training data, again for each trainer.
         family: a key of `FAMILIES`.
         model: makes the model from the family's folder; by default it is loaded from there.
         trainer: further arguments of the trainer; a function's result is given in its place, so that nothing is shared. A
@@ -195,7 +195,7 @@ def _apart(theirs: Outcome, ours: Outcome, tolerance: float) -> str | None:
 
 
 def _is_tie(logged: Mapping[str, float], key: str, tolerance: float) -> bool:
-    """Whether both rewards are the same up to rounding, as before the first update, so that this says which is larger."""
+    """Whether both rewards are the same up to rounding, as before the first update. Then rounding decides the accuracy."""
     return abs(logged[key.replace("accuracies", "margins")]) <= SCALE_OF_ZERO * tolerance
 
 

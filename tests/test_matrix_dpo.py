@@ -342,7 +342,7 @@ DATA = [
     Case("stream", data=stream),
     Case("stream of chat", data=lambda: stream(chat_rows)),
     Case("stream of implicit prompts", data=lambda: implicit_text().to_iterable_dataset()),
-    Case("rows made lazily", data=lazily_made),
+    Case("set_transform", data=lazily_made),
     Case("columns of others", data=uneven_words),
     Case("columns of others, kept", {"remove_unused_columns": False}, data=uneven_words),
     Case("EOS in the text", data=lambda: Dataset.from_list(EOS_AT_END)),
@@ -416,7 +416,7 @@ differ(
         ),
         "dpo: no such layer": ("own words", "the error also names the layers that the model has"),
         "dpo: ids": ("accepted", "TRL takes no ids; here, text is never tokenized twice"),
-        "dpo: rows made lazily": (
+        "dpo: set_transform": (
             "accepted",
             "TRL's own columns are hidden by a data set's transform; here, it makes each row once",
         ),
@@ -444,7 +444,7 @@ QUICK = {
     "sync_ref_model", "adapted before", "gradient_accumulation", "gradient_checkpointing", "evaluation of a dict",
     "compute_metrics", "neftune", "dropout disabled", "data_collator of TRL", "LoRA, dropout on", "LoRA, head", "DoRA",
     "modules_to_save", "IA3", "prompt tuning", "prefix tuning", "no such layer", "implicit prompts in text",
-    "implicit prompts in chat", "chat with tools", "ids", "stream", "rows made lazily", "columns of others", "empty completion",
+    "implicit prompts in chat", "chat with tools", "ids", "stream", "set_transform", "columns of others", "empty completion",
     "null in a row", "equal pairs among others", "whole conversations beside a prompt", "family gpt2", "family mistral",
     "family gemma2", "family mixtral, auxiliary loss", "processor, chat", "processor, images",
 }  # fmt: skip

@@ -221,7 +221,7 @@ OPTIONS = [
     Case("unknown truncation_mode", {"truncation_mode": "middle"}),
     Case("pad_to_multiple_of", {"pad_to_multiple_of": 16}),
     Case("packing", {"packing": True, "max_length": 32}),
-    Case("packing in strips", {"packing": True, "packing_strategy": "wrapped", "max_length": 16}),
+    Case("packing_strategy wrapped", {"packing": True, "packing_strategy": "wrapped", "max_length": 16}),
     Case("eval_packing", {**EVALUATION, "eval_packing": True}, trainer={"eval_dataset": form("text")}),
     Case("padding_free", {"padding_free": True, "max_length": None}),
     Case("padding_free with max_length", {"padding_free": True}, raises=True),
@@ -298,8 +298,8 @@ FORMS = [
     Case("ids as they are", {"dataset_kwargs": {"skip_prepare_dataset": True}}, form("labels")),
     Case("masks as they are", {"dataset_kwargs": {"skip_prepare_dataset": True}}, form("ids"), raises=True),
     Case("further columns", {}, lambda: form("text")().add_column("id", [f"r{i}" for i in range(10)])),
-    Case("strange columns", {}, lambda: form("text")().rename_column("text", "words")),
-    Case("prompts alone", {}, lambda: form("prompt and completion")().remove_columns("completion")),
+    Case("text under another name", {}, lambda: form("text")().rename_column("text", "words")),
+    Case("prompts without completions", {}, lambda: form("prompt and completion")().remove_columns("completion")),
     Case("ids with evaluation", EVALUATION, form("ids"), trainer={"eval_dataset": form("labels")}),
 ]
 
@@ -325,14 +325,14 @@ MODELS = [
     Case("experts that ask for the loss", family="mixtral", family_config={"output_router_logits": True}),
     Case("attention_dropout", family_config={"attention_dropout": 0.2}),
     Case("tied embeddings", family_config={"tie_word_embeddings": True}),
-    Case("a table of positions", {"max_length": None}, form("turns"), family="gpt2",
+    Case("rows longer than the positions", {"max_length": None}, form("turns"), family="gpt2",
          family_config={"n_positions": 16, "max_position_embeddings": 16}),
 ]  # fmt: skip
 
 CASES = [*OPTIONS, *FORMS, *PEFT, *MODELS]
 
 #: Cases of guarded SFT: those of its own code, and what BASH refuses.
-GUARDED = ["defaults", "packing", "packing in strips", "eval_packing", "padding_free", "padding_free with max_length", "unknown pad_token",
+GUARDED = ["defaults", "packing", "packing_strategy wrapped", "eval_packing", "padding_free", "padding_free with max_length", "unknown pad_token",
            "unknown eos_token", "torch_compile", "prompt tuning", "lora", "evaluation", "rows of messages", "a transform as it is",
            "DataCollatorForSeq2Seq", "family mixtral", "a stream", "gradient_accumulation", "assistant_only_loss", "compute_metrics"]  # fmt: skip
 #: Cases of RAC, which corrects one answer to one prompt.
@@ -377,7 +377,7 @@ differ(
     {
         **{
             f"bash: {name}": ("refused", _DRAWN)
-            for name in ("packing", "packing in strips", "eval_packing", "padding_free")
+            for name in ("packing", "packing_strategy wrapped", "eval_packing", "padding_free")
         },
         "bash: padding_free with max_length": ("own words", _DRAWN),
         "rac: packing": ("refused", _DRAWN),
@@ -386,11 +386,14 @@ differ(
         "bash: a DatasetDict": ("own words", _OWN_WORDS.format("data set")),
         "bash: no data": ("own words", _OWN_WORDS.format("data set")),
         "bash: no rows": ("own words", "TRL ends in a StopIteration"),
-        "bash: strange columns": ("own words", _OWN_WORDS.format("columns") + "; TRL ends in a KeyError"),
-        "bash: prompts alone": ("own words", _OWN_WORDS.format("columns") + "; TRL ends in a KeyError"),
+        "bash: text under another name": ("own words", _OWN_WORDS.format("columns") + "; TRL ends in a KeyError"),
+        "bash: prompts without completions": ("own words", _OWN_WORDS.format("columns") + "; TRL ends in a KeyError"),
         "bash: a layer that is not there": ("own words", _OWN_WORDS.format("layer")),
         "bash: max_steps 0": ("other numbers", "max_steps = 0 takes no step; the Trainer takes one before it looks"),
-        "bash: a table of positions": ("own words", "a row has more tokens than positions; TRL ends in an IndexError"),
+        "bash: rows longer than the positions": (
+            "own words",
+            "a row has more tokens than positions; TRL ends in an IndexError",
+        ),
     }
 )
 

@@ -443,6 +443,26 @@ def test_a_collator_that_leaves_columns_out_is_refused(tmp_path, tokenizer):
         make(tmp_path, tokenizer, bare, models, data_collator=Forgetful(0)).evaluate(other)
 
 
+def test_a_collator_is_tried_on_the_columns_of_training_and_leaves_random_numbers_as_they_were(
+    tmp_path, tokenizer, model_dir
+):
+    seen, pairs = [], [{**pair, "note": "not read"} for pair in weighted_pairs()]
+
+    class Drawing(TokenPreferenceCollator):
+        def torch_call(self, examples):
+            seen.append((set(examples[0]), torch.rand(1).item()))
+            return super().torch_call(examples)
+
+    numbers = []
+    for collator in (None, Drawing(0, columns=("weights", "ref_logps"))):
+        torch.manual_seed(0)
+        make(tmp_path, tokenizer, pairs, separate_reference(model_dir), data_collator=collator)
+        numbers.append(torch.rand(1).item())
+    assert numbers[0] == numbers[1]
+    (columns, _), *_ = seen
+    assert "weight" in columns and "note" not in columns
+
+
 def test_looking_at_a_stream_counts_none_of_its_drops(tmp_path, tokenizer):
     rows = weighted_pairs()
     rows[0]["rejected_ids"], rows[0]["rejected_weights"] = rows[0]["chosen_ids"], rows[0]["chosen_weights"]

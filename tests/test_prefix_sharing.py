@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import random_pairs, tiny_llama
 from datasets import Dataset
-from families import SIZES
+from families import SIZES, tiny
 from peft import LoraConfig, PromptTuningConfig, TaskType
 from test_token_dpo import LORA, assert_close, batch_loss, options
 from transformers import (
@@ -75,6 +75,25 @@ def both(tmp_path, tokenizer, make, pairs, lora=None, **kwargs):
         assert trainer._layout.shares == share
         found.append(batch_loss(trainer, pairs))
     return found
+
+
+@pytest.mark.parametrize("copied_by", ["trainer", "user"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_copy_of_a_model_that_was_trained_before_computes_with_its_own_weights(
+    tmp_path, tokenizer, family, copied_by
+):
+    model, pairs, data = tiny(family), random_pairs(4), {"processing_class": tokenizer}
+    data["train_dataset"] = Dataset.from_list(pairs)
+    args = TokenDPOConfig(**options(tmp_path))
+    assert TokenDPOTrainer(model, args=args, **data)._layout.shares
+    reference = copy.deepcopy(model) if copied_by == "user" else None
+    trainer = TokenDPOTrainer(model, ref_model=reference, args=args, **data)
+    batch = trainer.data_collator(pairs)
+    expected, _ = trainer._reference(batch)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(trainer._reference(batch)[0], expected)
 
 
 def mixed_pairs():

@@ -344,7 +344,7 @@ def test_images_are_refused_where_tokens_are_drawn(images, tmp_path):
     model, processor = images
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "images": [Image.new("RGB", (8, 8))]}]  # fmt: skip
     for kind in ("bash", "rac"):
-        with pytest.raises(ConfigError, match="does not know images; use text data"):
+        with pytest.raises(ConfigError, match="does not support images; use text data"):
             cls, config, own = TRAINERS[kind]
             cls(
                 model(), config(str(tmp_path), **SHORT | own | {"max_length": None, "completion_only_loss": False}),

@@ -1,4 +1,4 @@
-"""What users hand to TRL's `DPOTrainer`, handed to ours: arguments in TRL's order, parsers, rows, processors, compiled models."""
+"""What TRL's `DPOTrainer` takes, given to ours: arguments in TRL's order, parsers, rows, processors, compiled models."""
 
 import dataclasses
 import inspect
@@ -300,14 +300,13 @@ def test_a_format_changes_no_row_and_hides_its_columns(form, tmp_path, tokenizer
     data = Dataset.from_list(rows)
     seen = trainer_of(TokenDPOTrainer, tmp_path, tokenizer, data.with_format(form))
     hiding = trainer_of(TokenDPOTrainer, tmp_path, tokenizer, data.with_format(form, columns=[*IDS]))
-    weighted, plain = (
-        losses(trainer_of(TokenDPOTrainer, tmp_path, tokenizer, part)) for part in (data, data.select_columns([*IDS]))
+    whole, narrow = (
+        trainer_of(TokenDPOTrainer, tmp_path, tokenizer, part) for part in (data, data.select_columns([*IDS]))
     )
-    assert losses(seen) == weighted and losses(hiding) == plain
-    assert (
-        weighted == plain or seen.state.log_history[0]["weights/chosen"] != 1
-    )  # before the first step, all log-ratios are 0
-    assert hiding.state.log_history[0]["weights/chosen"] == 1
+    assert losses(seen) == losses(whole) and losses(hiding) == losses(narrow)
+    # The losses of a first step are all ln 2, whatever the weights.
+    weights = [trainer.state.log_history[0]["weights/chosen"] for trainer in (seen, whole, hiding, narrow)]
+    assert weights[0] == weights[1] != 1 and weights[2] == weights[3] == 1
 
 
 # Processors ------------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def processing_class_of(model: Any, args: DPOConfig) -> PreTrainedTokenizerBase 
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer that is given, or the one of a processor, which gets the processor's chat template where it has none.
+    """The tokenizer that is given, or that of a processor. Without a chat template, it gets the processor's.
 
     Raises:
         TypeError: it is neither, in TRL's words.
@@ -162,7 +162,10 @@ def name_bias(model: PreTrainedModel | PeftModel) -> None:
 
 
 def functional_dropout(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
-    """Modules that hand a share to a function of dropout, and its name: OPT has no module of dropout, Llama's attention neither."""
+    """Modules with a dropout probability that they pass to a function, and the name of the attribute that has it.
+
+    OPT and Llama's attention do so. TRL's `disable_dropout` changes only dropout modules.
+    """
     return [
         (module, name)
         for module in model.modules()
@@ -172,6 +175,6 @@ def functional_dropout(model: torch.nn.Module) -> list[tuple[torch.nn.Module, st
 
 
 def disable_functional_dropout(model: torch.nn.Module) -> None:
-    """Does for functions of dropout what TRL's `disable_dropout` does for modules: policy and reference drop nothing."""
+    """Sets these probabilities to 0, as TRL's `disable_dropout` does for modules."""
     for module, name in functional_dropout(model):
         setattr(module, name, 0.0)

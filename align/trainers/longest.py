@@ -38,10 +38,10 @@ def collate(trainer: Trainer, places: Sequence[int]) -> tuple[list[dict[str, Any
     return list(some), trainer.data_collator(list(trainer._remove_unused_columns(some)))
 
 
-def collate_first(trainer: Trainer) -> dict[str, Any]:
-    """A batch of the first row of the training data, of a stream too."""
-    row = next(iter(trainer.train_dataset))
-    return trainer._get_collator_with_removed_columns(trainer.data_collator)([row])
+def collate_first(trainer: Trainer, dataset: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first row of a data set or stream, and its batch as the data loader would make it."""
+    row = next(iter(dataset))
+    return row, trainer._get_collator_with_removed_columns(trainer.data_collator)([dict(row)])
 
 
 def longest_rows(trainer: Trainer) -> list[int]:

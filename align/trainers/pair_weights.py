@@ -9,7 +9,9 @@ import torch
 
 from ..errors import ConfigError
 from ..records import PAIR_WEIGHT
+from .longest import collate_first
 from .preference_data import SIDES, column_names
+from .preflight import same_random_numbers
 from .token_budget import Part
 from .token_reference import PREFIX
 
@@ -32,9 +34,10 @@ def check_weighable(dataset: Any, name: str, args: TokenDPOConfig) -> None:
 def check_collator(trainer: TokenDPOTrainer, dataset: Any, name: str) -> None:
     """Raises a ConfigError where the collator leaves a column out of the batch that the loss reads."""
     report = trainer.data_report.get(name, {})
-    counts, row = dict(report), next(iter(dataset))
-    report.update(counts)  # a stream counts what it drops before its first row, and does so again when it is read
-    batch = trainer.data_collator([row])
+    counts = dict(report)
+    with same_random_numbers():  # a collator may draw some, and the training must not begin with others than TRL's
+        row, batch = collate_first(trainer, dataset)
+    report.update(counts)  # a stream counts the rows that it drops before its first one, and counts them again later
     columns = (*trainer.token_columns, "ref_logps")
     expected = {f"{side}_{column}": f"{PREFIX}{side}_{column}" for side in SIDES for column in columns}
     expected[PAIR_WEIGHT] = PAIR_WEIGHTS
@@ -48,13 +51,17 @@ def check_collator(trainer: TokenDPOTrainer, dataset: Any, name: str) -> None:
 def groups_of(
     weights: torch.Tensor, completion_mask: torch.Tensor, whole: Part | None
 ) -> Iterator[tuple[float, float, Part]]:
-    """The pairs of a batch by their weight: the weight, their share of these pairs, and the part that they are of the batch that
-    the loss is a mean over. Pairs of weight 0 are left out, so that nothing of them gets into the loss, NaN included.
+    """The pairs of a batch, grouped by their weight.
+
+    Pairs of weight 0 are left out, so that nothing of them gets into the loss, NaN included.
 
     Args:
         weights: (B,).
         completion_mask: (2B, L), chosen rows first.
-        whole: what these pairs are themselves a part of.
+        whole: the part that these pairs are of a larger batch, over which the loss is a mean; `None` where they are all.
+
+    Yields:
+        A weight, the share of its pairs in these B, and its pairs as a part of the whole batch.
     """
     share, chosen_share = (1.0, 1.0) if whole is None else (whole.share, whole.chosen_share)
     tokens = completion_mask[: len(weights), 1:].sum(1).tolist()

@@ -39,8 +39,10 @@ DROPPED = {
 
 
 def column_names(dataset: Dataset | IterableDataset | None) -> list[str]:
-    """Names of the columns that a data set's rows have; see `plain_rows`. Where it does not declare them, as with a stream or a
-    transform, its first row does."""
+    """Names of the columns that a data set's rows have; see `plain_rows`.
+
+    A stream or a transform may not declare them. Then they are those of its first row.
+    """
     if dataset is None:
         return []
     seen = dataset.format if isinstance(dataset, Dataset) else {"type": None, "columns": dataset.column_names}
@@ -238,6 +240,7 @@ def _check_columns(name: str, names: list[str], token_level: list[str], has_ids:
             )
 
 
+#: Reasons of `_reason_to_drop` by the number that stands for them in `_reasons`; 0 is a row that is kept.
 _CODES = ("", *DROPPED)
 
 

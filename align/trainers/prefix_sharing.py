@@ -30,8 +30,8 @@ CPU_SLOTS = 1024
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 
-#: What a model is given to find out whether it follows: the layout as it is; without its windows; and no mask, with positions
-#: that go on.
+#: What a trial gives a model: the layout as it is; the layout without windows; no mask, and positions that go on. The last
+#: two are wrong, and show how far a model that ignores its mask would be off.
 FAITHFUL, UNWINDOWED, UNMASKED = "faithful", "unwindowed", "unmasked"
 
 
@@ -130,12 +130,12 @@ class PrefixSharing:
             model: `base`, as PEFT, DDP or FSDP wrap it.
         """
         if not kwargs.get("fused_lm_head"):
-            return model(**kwargs)  # somebody wants logits
+            return model(**kwargs)  # the caller reads logits
         ids, mask, labels = (kwargs.pop(name) for name in ("input_ids", "attention_mask", "labels"))
         on_cpu, routed = ids.device.type == "cpu", kwargs.get("output_router_logits", False)
         if not routed and getattr(self.base.config.get_text_config(), "output_router_logits", False):
-            kwargs["output_router_logits"] = False  # nobody asked for the router's loss
-        # A router's loss is no sum over tokens: all of them are in one pass, each row's last ones too.
+            kwargs["output_router_logits"] = False  # because TRL does not ask for the router's loss
+        # A router's loss is not a sum over tokens, so one pass holds all of them, each row's last one too.
         most = None if routed else self._most(on_cpu)
         layouts = lay_out_pairs(ids, mask, labels, most=most, whole=routed, **self._shape(on_cpu))
         passes = [self._run(model, layout, routed, kwargs) for layout in layouts]
@@ -177,7 +177,7 @@ class PrefixSharing:
         inputs: dict[str, Any] = {"input_ids": layout.input_ids, "labelled": layout.labelled, **kwargs}
         if self._probing != UNMASKED:
             mask = masks_of_layers(self.base.config, lambda window: self._mask(layout, window))
-            # TRL's head gives the router's loss `attention_mask`, which says how often a token counts.
+            # TRL's head gives the router's loss `attention_mask`, which holds how often a token counts.
             masks = {"attention_mask": layout.counts(), "seen": mask} if routed else {"attention_mask": mask}
             inputs |= {"position_ids": layout.position_ids, **masks}
         if not routed and knows_head(self.base):
@@ -194,7 +194,7 @@ class PrefixSharing:
         if self.attention == "flex_attention":
             return layout.block_mask(window)
         device = layout.input_ids.device.type
-        # SDPA takes an additive mask in the dtype that a layer computes in alone, eager attention nothing else.
+        # SDPA takes an additive mask only in the dtype that a layer computes in. Eager attention takes no other kind.
         exact = self.base.dtype == torch.float32 and not torch.is_autocast_enabled(device) and not self.quantized
         if self.attention == "eager" or (device == "cpu" and exact):
             return additive(layout.mask(window), self.base.dtype)
@@ -241,16 +241,14 @@ def differs(
         model.train(training)
     if drawn:
         return f"{name} draws random numbers in training, and both sides of a pair would share a prompt's"
-    # In bfloat16 rounding alone makes tenths of a nat. What a model makes of a wrong mask says how much is too much.
+    # In bfloat16, rounding alone adds tenths of a nat, so the limit is a share of the error that a wrong mask makes.
     apart = _largest if exact else _mean
     mistake = min(apart(plain.log_probs, found) for found in wrong)
     limit = min(1e-3, mistake / 20) if exact else min(0.3, mistake / 4)
     if (error := apart(plain.log_probs, shared.log_probs)) > limit:
         return f"{name} gives other log-probabilities in the shared layout (by {error:.2g})"
     if routed and (error := _largest(plain.aux_loss, shared.aux_loss)) > (1e-4 if exact else 0.05) * plain.aux_loss:
-        return (
-            f"{name} gives another router loss in the shared layout (by {error:.2g}); router_aux_loss_coef=0 is without"
-        )
+        return f"{name} gives another router loss in the shared layout (by {error:.2g}); set router_aux_loss_coef=0 to share"
     return None
 
 

@@ -67,11 +67,12 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 def _forget_original(copied: PreTrainedModel) -> None:
     """Takes functions off a copied model that call the model they were put on: an earlier trainer's `forward`, accelerate's `to`."""
-    for name, value in list(vars(copied).items()):
-        if callable(value) and callable(getattr(type(copied), name, None)):
-            delattr(copied, name)
-    if hasattr(copied, "_hf_hook"):
-        add_hook_to_module(copied, copied._hf_hook)  # accelerate's `forward`, again
+    for module in {copied, copied.base_model}:  # an earlier trainer replaced the `forward` of both
+        for name, value in list(vars(module).items()):
+            if callable(value) and callable(getattr(type(module), name, None)):
+                delattr(module, name)
+        if hasattr(module, "_hf_hook"):
+            add_hook_to_module(module, module._hf_hook)  # accelerate's `forward`, again
 
 
 def check_adapters(model: PeftModel) -> None:

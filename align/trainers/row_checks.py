@@ -32,7 +32,10 @@ def data_sets(train: Any, evaluation: Any) -> Iterator[tuple[str, Any]]:
 
 
 def made_when_read(dataset: Any) -> bool:
-    """Whether a user's function makes the rows of a data set when they are read (`set_transform`): its columns are not theirs."""
+    """Whether a user's function makes the rows of a data set when they are read (`set_transform`).
+
+    Then the columns that the data set declares are not those of its rows.
+    """
     return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
 
 

@@ -92,14 +92,14 @@ def _column(rows: Sequence[Record], name: str, start: int) -> pyarrow.Array:
         return pyarrow.array([row.get(name) for row in rows])
     except (pyarrow.ArrowException, OverflowError) as error:
         raise RecordError(
-            f"rows {start} to {start + len(rows) - 1}: {name} has values of different types ({error}); mend them"
+            f"rows {start} to {start + len(rows) - 1}: {name} has values of different types ({error}); give one type"
         ) from None
 
 
 def plain_rows(dataset: Any) -> Any:
-    """The rows that whoever reads a data set gets, as Python values: without its format, and without columns that this hides.
+    """The rows that a reader of the data set gets, as Python values: without its format and the columns that this hides.
 
-    A transform (`set_transform`) has made them once, since the columns that it makes are not the data set's own.
+    A transform (`set_transform`) makes each row once, here, because the columns that it makes are not the data set's own.
     """
     if isinstance(dataset, IterableDataset):
         return dataset.with_format(None)

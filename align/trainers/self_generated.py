@@ -101,7 +101,7 @@ class RACConfig(SelfGeneratedConfig):
     """Settings of reference-answer-based correction: see `align.rac.CorrectionSettings`."""
 
     cue: str = field(default=CorrectionSettings.cue, metadata={"help": "Text between own tokens and reference."})
-    prefix_fraction: list[float] = field(  # which parsers of command lines know, unlike a tuple
+    prefix_fraction: list[float] = field(  # parsers of command lines read a list, and no tuple
         default_factory=lambda: list(CorrectionSettings.prefix_fraction),
         metadata={"help": "Least and largest share of a generation that is kept."},
     )
@@ -150,7 +150,7 @@ class SelfGeneratedTrainer(GuardedSFTTrainer):
         super().__init__(*given, **named)
         keep_trainable(self.model)  # contexts are drawn in eval mode
         if self._is_vision_dataset:
-            raise ConfigError(f"{type(self).__name__} does not know images; use text data")
+            raise ConfigError(f"{type(self).__name__} does not support images; use text data")
         if self.is_deepspeed_enabled:
             raise ConfigError(
                 f"{type(self).__name__} draws with the whole model in every process; DeepSpeed, which shards it, is not "
@@ -163,10 +163,10 @@ class SelfGeneratedTrainer(GuardedSFTTrainer):
         self._stored: list[Record] = []  # of the checkpoint
         self._done: Callable[[int], Any] = lambda count: None  # moves the bar of a window that is drawn
         with same_random_numbers():
-            self.check_collator(collate_first(self))
+            self.check_collator(collate_first(self, self.train_dataset)[1])
 
     def check_collator(self, batch: Mapping[str, Any]) -> None:
-        """Raises a ConfigError where the collator, which made `batch`, cannot be used. Called once, before the training."""
+        """Raises a ConfigError where the collator, which made `batch`, cannot be used. Called once, before training."""
         self._check_batch(batch)
 
     def _check_batch(self, batch: Mapping[str, Any]) -> None:
@@ -199,7 +199,7 @@ class SelfGeneratedTrainer(GuardedSFTTrainer):
         check_positions(len(source.input_ids), self._positions, f"{name}: its length", remedy)
 
     def with_examples(self, batch: Mapping[str, Any], examples: Sequence[Example]) -> dict[str, Any]:
-        """A batch with examples in place of its ground truth: here, they are as long, and all else that it has stays."""
+        """A batch with examples in place of its ground truth. Here they are as long as it, and the rest stays."""
         ids, masks = batch["input_ids"].clone(), batch["attention_mask"].bool()
         for row, mask, example in zip(ids, masks, examples, strict=True):
             row[mask] = torch.tensor(example.input_ids, dtype=ids.dtype, device=ids.device)

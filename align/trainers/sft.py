@@ -117,7 +117,7 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
         check_trl(args, partial(sft_difference, GuardedSFTTrainer))
 
     def _own_config(self, args: TrainingArguments | None, model: Any) -> GuardedSFTConfig:
-        """The settings of this class; TRL's name of a folder where there are none, and transformers' with defaults for the rest."""
+        """The settings as this class has them. Without any, the folder has TRL's name; transformers' get our defaults."""
         if args is None:
             return self.config_class(default_output(model, self._name))
         if isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
@@ -146,7 +146,7 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
             self._rule.check_unused(f"{dataset_name} data set")
         elif formatting_func is None and not made:
             dataset = _as_given(dataset, names, dataset_name, args.dataset_text_field, tokenizer)
-            # Masks of a template's own and processors of images are TRL's matter.
+            # TRL makes the masks of a template, and reads images with a processor.
             ours = not (self._rule.trl or args.assistant_only_loss) and hasattr(processing_class, "pad_token")
             if {"prompt", "completion"} <= set(names) and ours:
                 dataset = self._encoded(dataset, processing_class, args, dataset_name)

@@ -39,7 +39,7 @@ from .longest import LongestBatch, longest_pairs
 from .pair_weights import PAIR_WEIGHTS, check_collator, check_weighable, groups_of
 from .preference_data import SIDES, check_precomputable, column_names, has_reference, prepare_preference_dataset
 from .prefix_sharing import PaddedRows, PrefixSharing, layout_of
-from .preflight import Preflight
+from .preflight import Preflight, same_random_numbers
 from .reference_check import check_reference_columns
 from .reference_model import check_adapters, copy_partitioned, frozen_copy, is_partitioned
 from .row_checks import check_not_empty, check_pair_lengths, data_sets
@@ -215,8 +215,10 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
     `rejected_ref_logps` (nats), one number per id, EOS included. Without reference columns the reference is computed
     token by token: by switching the adapter off, or with TRL's `ref_model` in full fine-tuning.
 
-    A column `weight`, one finite number of 0 or more per pair, scales the pair's loss: (1/B) Σ_i weight_i f_i, B being the
+    A column `weight`, one finite number of 0 or more per pair, scales the pair's loss: (1/B) Σ_i weight_i f_i. B is the
     number of pairs in the batch. A pair of weight 0 adds exactly 0. All 1 equals no column, bit for bit.
+
+    Text rows without `prompt` have it as the beginning that chosen and rejected share, as in TRL.
 
     Args:
         See [`~trl.DPOTrainer`].
@@ -322,9 +324,10 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
             self._check_token_budget()
         self._layout, self._ref_layout  # noqa: B018 (a model that cannot share says so now)
         self._constant_weights = ConstantWeights(self)
-        self._constant_weights.look_at_rows()
-        if stored and args.check_reference and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            check_reference_columns(self)
+        with same_random_numbers():  # a collator of the user's may draw some
+            self._constant_weights.look_at_rows()
+            if stored and args.check_reference and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+                check_reference_columns(self)
         for counts in self.data_report.values():
             if "rows" not in counts:  # a stream's first row was looked at, and begins the training again
                 counts.update(dict.fromkeys(counts, 0))
@@ -402,7 +405,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
             self._rule,
             parts=self._is_vlm,
         )
-        if hasattr(self, "data_collator"):  # given to `evaluate`; of those before, the constructor sees to it
+        if hasattr(self, "data_collator"):  # data given to `evaluate`; the constructor checks earlier data sets
             check_collator(self, dataset, dataset_name)
         return dataset
 
@@ -482,8 +485,9 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
     def _weigh_pairs(
         self, loss: torch.Tensor, seam: _TokenWeightedModel, inputs: dict[str, Any], pair_weights: torch.Tensor
     ) -> torch.Tensor:
-        """(1/B) Σ_i weight_i f_i from log-probabilities that are there: TRL's loss of the pairs of each weight, scaled. The loss of a
-        router is the batch's, and stays as it is.
+        """(1/B) Σ_i weight_i f_i: TRL's loss of the pairs of each weight, scaled, and added up.
+
+        No model is called, because the seam has the log-probabilities. A router's loss belongs to the batch and is not scaled.
 
         Args:
             loss: of the batch without weights, which it is where all of them are 1.
@@ -491,7 +495,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         """
         if (pair_weights == 1).all():
             return loss
-        total = seam.logps[:0].sum()  # 0, whose gradient is there even where no pair has a weight
+        total = seam.logps[:0].sum()  # 0 with a gradient, because every pair of a batch may have weight 0
         with metrics_aside(self):
             for weight, share, part in groups_of(pair_weights, inputs["completion_mask"], self._part):
                 rows = torch.tensor(part.pairs, device=seam.logps.device)
@@ -500,10 +504,10 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         return total + self.router_aux_loss_coef * seam.aux_loss if self.aux_loss_enabled else total
 
     def _finish_loss(self, loss, logratios: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor):
-        """Last word on TRL's loss. Here: takes the weights out of the term `sft`, which is a likelihood, no log-ratio.
+        """Changes TRL's loss. Here: takes the weights out of the term `sft`, which is a likelihood and not a log-ratio.
 
-        It is called for all pairs of a batch and, where pairs have weights, for the pairs of each weight: what it adds must be
-        a mean over pairs.
+        It is called for all pairs of a batch and, where pairs have weights, for the pairs of each weight. So what it adds
+        must be a mean over pairs.
 
         Args:
             loss: TRL's, of the weighted log-ratios.

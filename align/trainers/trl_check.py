@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import datasets
-import numpy
 import torch
 from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -23,6 +21,7 @@ from trl import DPOTrainer, SFTConfig, SFTTrainer
 
 from .. import __version__, trl_versions
 from ..errors import ConfigError
+from .preflight import same_random_numbers
 from .token_budget import metrics_aside
 from .token_reference import PREFIX
 
@@ -48,14 +47,14 @@ SETTINGS = {
     "per_device_train_batch_size": 2,
 }  # fmt: skip
 
-#: What a launch sets that small trainers keep. Its sharding and precision are not theirs.
+#: Variables of a launch that small trainers keep. They drop the others, which set sharding and precision.
 DEVICE = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE")
 
 _checking = False
 
 
 def check_trl(args: Any, difference: Callable[[bool], str | None]) -> None:
-    """Checks that the installed TRL can train with a trainer's settings; warns where its version is untested, and tries it.
+    """Checks that the installed TRL can train with a trainer's settings. Warns about an untested version, and tries it.
 
     Args:
         args: of the trainer.
@@ -104,16 +103,13 @@ def _aside() -> Iterator[None]:
         del os.environ[name]
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    numbers = random.getstate(), numpy.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     _checking = True
     try:
-        with torch.random.fork_rng(devices):
+        with same_random_numbers(devices):
             yield
     finally:
         _checking = False
-        random.setstate(numbers[0])
-        numpy.random.set_state(numbers[1])
         if not bars:
             datasets.enable_progress_bars()
         os.environ.update(launch)
@@ -135,7 +131,7 @@ def _tiny() -> dict[str, Any]:
 
 
 def dpo_difference(trainer_class: type[TokenDPOTrainer], use_cpu: bool) -> str | None:
-    """How loss and gradient differ from TRL's where all weights are 1; and where all are 2, from TRL's with twice its β."""
+    """How loss and gradient differ from TRL's: with weights of 1, and with weights of 2, which are twice TRL's β."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"output_dir": folder, "use_cpu": use_cpu, "preflight": False, "prefix_sharing": False}
         trainer = trainer_class(
