@@ -227,6 +227,20 @@ def test_a_model_that_ignores_our_mask_is_found_out_in_bfloat16(tmp_path, tokeni
     )._layout.shares
 
 
+def test_a_model_that_makes_nan_of_our_mask_is_found_out(tmp_path, tokenizer, caplog):
+    def spoil(module, args, kwargs, output):
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 4:
+            output.last_hidden_state = output.last_hidden_state * float("nan")
+        return output
+
+    model = tiny_llama()
+    model.base_model.register_forward_hook(spoil, with_kwargs=True)
+    with caplog.at_level("WARNING"):
+        assert not make_trainer(tmp_path, tokenizer, model)._layout.shares
+    assert "gives other log-probabilities in the shared layout (by nan)" in caplog.text
+
+
 def test_a_model_that_makes_something_else_of_our_mask_is_found_out(tmp_path, tokenizer, caplog):
     """Nothing in its configuration tells; two short pairs do."""
 
