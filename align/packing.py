@@ -214,7 +214,6 @@ def lay_out_pairs(
     attention_mask: torch.Tensor,
     labels: torch.Tensor,
     *,
-    pad_token_id: int = 0,
     multiple: int = 1,
     most: int | None = None,
     one_row: bool = False,
@@ -226,7 +225,6 @@ def lay_out_pairs(
         input_ids: (2B, L), chosen rows first, rejected ones after them; padding on either side.
         attention_mask: (2B, L), 0 at padding.
         labels: (2B, L), not shifted, -100 where no log-probability is asked for.
-        pad_token_id: id of slots that hold nothing.
         multiple: the width of the slots' rows is one of these.
         most: slots, padding included, of a layout; a pair that is larger gets one of its own. One layout by default.
         one_row: whether a layout is one row, as FlexAttention has it; otherwise a row is as wide as the widest pair, since a
@@ -247,11 +245,11 @@ def lay_out_pairs(
         own = [sizes[i] for i in group]
         rows = _rows(own, one_row)
         placed = [[group[i] for i in row] for row in rows]
-        layouts.append(_gather(pairs, placed, _width(own, rows, multiple), pad_token_id).to(device))
+        layouts.append(_gather(pairs, placed, _width(own, rows, multiple)).to(device))
     return layouts
 
 
-def _gather(pairs: list[_Pair], rows: list[list[int]], width: int, pad_token_id: int) -> PairLayout:
+def _gather(pairs: list[_Pair], rows: list[list[int]], width: int) -> PairLayout:
     def filled(value: int, parts: Iterable[tuple[int, int, np.ndarray]]) -> torch.Tensor:
         slots = np.full((len(rows), width), value, dtype=np.int64)
         for row, start, numbers in parts:
@@ -266,10 +264,13 @@ def _gather(pairs: list[_Pair], rows: list[list[int]], width: int, pad_token_id:
     at = np.concatenate([number * width + start + pairs[i].slots for number, start, i in placed])
     targets = np.concatenate([pairs[i].targets for _, _, i in placed])
     labelled, first, sources = np.unique(at, return_index=True, return_inverse=True)
+    ids = filled(0, ((n, s, pairs[i].ids) for n, s, i in placed))
+    pair = filled(-1, ((n, s, np.full(len(pairs[i].ids), i)) for n, s, i in placed))
     return PairLayout(
-        input_ids=filled(pad_token_id, ((n, s, pairs[i].ids) for n, s, i in placed)),
+        # Padding is a row's first token again. A padding token's embedding may be 0, and a norm then has no gradient there.
+        input_ids=ids.where(pair >= 0, ids[:, :1]),
         position_ids=filled(0, ((n, s, pairs[i].positions) for n, s, i in placed)),
-        pair=filled(-1, ((n, s, np.full(len(pairs[i].ids), i)) for n, s, i in placed)),
+        pair=pair,
         branch=filled(0, ((n, s, pairs[i].branches) for n, s, i in placed)),
         labelled=torch.from_numpy(labelled),
         targets=torch.from_numpy(targets[first].astype(np.int64)),

@@ -356,6 +356,8 @@ DATA = [
     Case("whole conversations beside a prompt", data=lambda: Dataset.from_list([{"prompt": row["prompt"][0]["content"], **{s: row["prompt"] + row[s] for s in ("chosen", "rejected")}} for row in chat_rows()])),
     Case("equal pairs among others", {"per_device_train_batch_size": 2}, data=lambda: Dataset.from_list([*rows(), rows()[0] | {"rejected": rows()[0]["chosen"]}])),
     Case("no rejected column", data=lambda: text().remove_columns("rejected")),
+    Case("empty prompt", data=lambda: Dataset.from_list([*rows(), rows()[0] | {"prompt": ""}])),
+    Case("implicit prompts, one without", data=lambda: Dataset.from_list([*implicit_text(), {"chosen": "Yes.", "rejected": "No."}])),
     Case("null in a row", data=lambda: Dataset.from_list([*rows(), rows()[0] | {"rejected": None}])),
 ]  # fmt: skip
 
@@ -366,6 +368,7 @@ MODELS = [
     Case("family qwen3_moe, auxiliary loss", AUX, family="qwen3_moe"),
     Case("family gpt_oss, auxiliary loss", AUX, family="gpt_oss"),
     Case("family mixtral, no auxiliary loss", {"router_aux_loss_coef": 0.0}, family="mixtral"),
+    Case("family mixtral, prefix tuning", AUX, family="mixtral", trainer=adapter("PrefixTuningConfig", num_virtual_tokens=4)),
     Case("family gemma2, LoRA", family="gemma2", trainer=lora()),
     Case("family gpt_oss, LoRA", {"router_aux_loss_coef": 0.0}, family="gpt_oss", trainer=lora(target_modules=["q_proj"])),
     Case("family opt, without dropout", family="opt", family_config={"dropout": 0.0}),
@@ -388,6 +391,14 @@ differ(
         "dpo: loss aot": (
             "refused",
             "`aot` sorts policy and reference ratios apart, so no function of weighted log-ratios is left",
+        ),
+        **{
+            f"dpo: {name}": ("refused", "nothing predicts a completion's first token, which TRL leaves out of the loss")
+            for name in ("empty prompt", "implicit prompts, one without")
+        },
+        "dpo: family mixtral, prefix tuning": (
+            "own words",
+            "prefix tuning's positions have no router loss; TRL fails in the first step",
         ),
         "dpo: use_weighting": (
             "refused",
@@ -446,7 +457,8 @@ QUICK = {
     "modules_to_save", "IA3", "prompt tuning", "prefix tuning", "no such layer", "implicit prompts in text",
     "implicit prompts in chat", "chat with tools", "ids", "stream", "set_transform", "columns of others", "empty completion",
     "null in a row", "equal pairs among others", "whole conversations beside a prompt", "family gpt2", "family mistral",
-    "family gemma2", "family mixtral, auxiliary loss", "processor, chat", "processor, images",
+    "family gemma2", "family mixtral, auxiliary loss", "family mixtral, prefix tuning", "empty prompt", "processor, chat",
+    "processor, images",
 }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def oracle_mask(layout, window=10**6):
 def test_each_slot_sees_its_own_row(one_row, most, multiple):
     """The tokens a slot attends to, in order of position, are the row that it stands in, up to itself."""
     ids, mask, labels = padded(PAIRS)
-    layouts = lay_out_pairs(ids, mask, labels, pad_token_id=0, most=most, one_row=one_row, multiple=multiple)
+    layouts = lay_out_pairs(ids, mask, labels, most=most, one_row=one_row, multiple=multiple)
     found = torch.zeros(labels[:, 1:].shape, dtype=torch.bool).flatten()
     width = labels.shape[1] - 1
     for layout in layouts:

@@ -5,6 +5,7 @@ import json
 import math
 from functools import partial
 
+import numpy
 import pytest
 import torch
 from conftest import random_pairs, tiny_llama
@@ -395,14 +396,22 @@ def test_what_weights_cannot_do_is_refused(tmp_path, tokenizer):
 TEXT = [{"prompt": "Q: 1\nA:", "chosen": f" {i}", "rejected": " no", "weight": w} for i, w in enumerate((1, 2.5, 0, 4))]
 
 
-@pytest.mark.parametrize("form", ["ids", "text", "stream", "generator"])
+def of_numpy(row):
+    """Numbers as whoever computes them has them."""
+    made = {name: numpy.array(value) for name, value in row.items() if isinstance(value, list)}
+    return row | made | {"weight": numpy.float32(row["weight"])}
+
+
+@pytest.mark.parametrize("form", ["ids", "text", "stream", "generator", "generator of NumPy", "ids of NumPy"])
 def test_weights_reach_the_batch_from_every_kind_of_data_set(tmp_path, tokenizer, form):
-    rows = weighted_pairs(weights=[1, 2.5, 0, 4]) if form in ("ids", "stream") else TEXT
+    rows = weighted_pairs(weights=[1, 2.5, 0, 4]) if form in ("ids", "stream", "ids of NumPy") else TEXT
     dataset = Dataset.from_list(rows)
     if form == "stream":
         dataset = dataset.to_iterable_dataset()
     if form == "generator":
         dataset = IterableDataset.from_generator(lambda: iter(rows))
+    if form.endswith("NumPy"):
+        dataset = IterableDataset.from_generator(lambda: map(of_numpy, rows))
     models = tiny_llama(), tiny_llama()
     trainer = make(tmp_path, tokenizer, dataset, models, max_steps=1, per_device_train_batch_size=4)
     batch = next(iter(trainer.get_train_dataloader()))

@@ -13,6 +13,7 @@ from test_token_dpo import LORA, assert_close, batch_loss, options
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Gemma3nTextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -161,6 +162,25 @@ def test_other_models(tmp_path, tokenizer, name):
     assert_close(loss, grads, expected_loss, expected, 1e-5)
 
 
+def test_a_padding_token_without_embedding_has_a_gradient(tmp_path, tokenizer):
+    """Gemma 3n divides by the root of a mean square, whose gradient at 0 is infinite."""
+    config = Gemma3nTextConfig(
+        **SIZES, vocab_size_per_layer_input=400, hidden_size_per_layer_input=8, laurel_rank=4, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0, activation_sparsity_pattern=[0.0, 0.0],
+    )  # fmt: skip
+    found = []
+    for share in (True, False):
+        torch.manual_seed(0)
+        trainer = make_trainer(tmp_path, tokenizer, AutoModelForCausalLM.from_config(config), prefix_sharing=share)
+        assert trainer._layout.shares == share
+        with torch.no_grad():
+            trainer.model.get_input_embeddings().weight[0] = 0
+        found.append(batch_loss(trainer, random_pairs(8)))
+    (loss, grads), (expected_loss, expected) = found
+    assert all(grad.isfinite().all() for grad in expected.values())
+    assert_close(loss, grads, expected_loss, expected, 1e-5)
+
+
 def test_gradient_checkpointing_and_autocast(tmp_path, tokenizer):
     (loss, grads), (expected_loss, expected) = both(
         tmp_path, tokenizer, tiny_llama, mixed_pairs(), gradient_checkpointing=True
@@ -244,6 +264,20 @@ def test_a_model_that_ignores_our_mask_is_found_out_in_bfloat16(tmp_path, tokeni
     assert make_trainer(
         tmp_path, tokenizer, tiny_llama(initializer_range=0.02).bfloat16(), lora=LoraConfig(**LORA), bf16=True
     )._layout.shares
+
+
+def test_a_model_that_makes_nan_of_our_mask_is_found_out(tmp_path, tokenizer, caplog):
+    def spoil(module, args, kwargs, output):
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 4:
+            output.last_hidden_state = output.last_hidden_state * float("nan")
+        return output
+
+    model = tiny_llama()
+    model.base_model.register_forward_hook(spoil, with_kwargs=True)
+    with caplog.at_level("WARNING"):
+        assert not make_trainer(tmp_path, tokenizer, model)._layout.shares
+    assert "gives other log-probabilities in the shared layout (by nan)" in caplog.text
 
 
 def test_a_model_that_makes_something_else_of_our_mask_is_found_out(tmp_path, tokenizer, caplog):

@@ -137,9 +137,27 @@ def half_the_gradient(logps, ref_logps, weights):
     return (right + right.detach()) / 2
 
 
+def not_a_number(self, model, inputs, return_outputs):
+    return COMPUTE_LOSS(self, model, inputs, return_outputs) * (float("nan") if hasattr(model, "ref_logps") else 1.0)
+
+
+def past_the_seam(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    plain = {name: value for name, value in inputs.items() if not name.startswith("token_")}
+    return COMPUTE_LOSS(self, model, plain, return_outputs)
+
+
+COMPUTE_LOSS = trl.DPOTrainer._compute_loss
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "broken", "found"),
     [
+        (trl.DPOTrainer, "_compute_loss", not_a_number, "loss with weights of 1: nan in place of"),
+        # Hooks that nothing calls any more: of the loss, of the reference, of the columns that the loader keeps.
+        (trl.DPOTrainer, "compute_loss", past_the_seam, "loss with weights of 2: "),
+        (TokenDPOTrainer, "_precompute_ref_logps", lambda self, dataset, *_: dataset, "precompute_ref_log_probs stores no"),
+        (TokenDPOTrainer, "_set_signature_columns_if_needed", trl.DPOTrainer._set_signature_columns_if_needed,
+         "loss with weights of 2: "),
         (trl.DPOTrainer, "_compute_loss", gone, "AttributeError: 'DPOTrainer' object has no attribute '_compute_loss'"),
         # Another loss, and weights that reach nothing.
         (token_dpo, "weighted_logps", lambda logps, ref, weights: 1.1 * logps, "loss with weights of 1: "),

@@ -1,4 +1,4 @@
-"""Whether the layers that an adapter names are there: PEFT passes over those that are not, without a word."""
+"""Whether a model can have an adapter: the layers that it names are there, which PEFT does not check, and its loss fits it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
 
 from ..errors import ConfigError, ModelLoadError
 from ..hub import source_of
@@ -53,6 +53,15 @@ def _last_names(there: Iterable[str]) -> list[str]:
     """What the layers are called in their blocks, numbers left out."""
     last = {name.rpartition(".")[2] for name in there if name}
     return sorted(name for name in last if not (name.isdecimal() or name == "default" or name.startswith("lora_")))[:40]
+
+
+def check_router_loss(trainer: Any) -> None:
+    """Raises a ConfigError where prefix tuning has a router's loss: the attention mask then has positions that no router sees."""
+    kinds = {config.peft_type for config in getattr(trainer.model, "peft_config", {}).values()}
+    if trainer.aux_loss_enabled and PeftType.PREFIX_TUNING in kinds:
+        raise ConfigError(
+            "peft_config is of prefix tuning, whose positions have no router loss; set router_aux_loss_coef=0"
+        )
 
 
 @contextmanager

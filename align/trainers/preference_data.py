@@ -127,12 +127,14 @@ def prepare_preference_dataset(
         check_pair_weight(row, f"{name} data set, {row_name(row, index)}", PAIR_WEIGHT in names)
 
     def prepare(row: dict[str, Any], index: int) -> dict[str, Any]:
-        ids, where = {}, f"{name} data set, {row_name(row, index)}"
+        # A stream's rows are as its generator makes them, with numbers of NumPy, say; an Arrow table has Python's.
+        plain = {column: value.tolist() for column, value in row.items() if hasattr(value, "tolist")}
+        row, ids, where = {**row, **plain}, {}, f"{name} data set, {row_name(row, index)}"
         if not has_ids:
             ids = encode_pair(tokenizer, _in_parts(row) if parts else row, where, rule)
             check_used(row, row.get("prompt") or row["chosen"], where)
         check({**row, **ids}, index)
-        return ids
+        return plain | ids
 
     options: dict[str, Any] = {} if stream else {"num_proc": args.dataset_num_proc}
     with global_then_local_main_first():

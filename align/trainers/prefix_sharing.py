@@ -245,10 +245,12 @@ def differs(
     apart = _largest if exact else _mean
     mistake = min(apart(plain.log_probs, found) for found in wrong)
     limit = min(1e-3, mistake / 20) if exact else min(0.3, mistake / 4)
-    if (error := apart(plain.log_probs, shared.log_probs)) > limit:
+    if not (error := apart(plain.log_probs, shared.log_probs)) <= limit:  # NaN is neither
         return f"{name} gives other log-probabilities in the shared layout (by {error:.2g})"
-    if routed and (error := _largest(plain.aux_loss, shared.aux_loss)) > (1e-4 if exact else 0.05) * plain.aux_loss:
-        return f"{name} gives another router loss in the shared layout (by {error:.2g}); set router_aux_loss_coef=0 to share"
+    if routed:
+        error, limit = _largest(plain.aux_loss, shared.aux_loss), (1e-4 if exact else 0.05) * plain.aux_loss
+        if not error <= limit:
+            return f"{name} gives another router loss in the shared layout (by {error:.2g}); set router_aux_loss_coef=0 to share"
     return None
 
 

@@ -30,7 +30,7 @@ from ..records import row_name
 from ..safety import no_pickles
 from ..tokens import CompletionRule, encode_row
 from ..trl_versions import global_then_local_main_first
-from .adapters import check_layers, checked_layers
+from .adapters import check_layers, check_router_loss, checked_layers
 from .loading import default_output, name_bias, name_of_tokenizer, source_of_trainer, whole_source, with_revision
 from .longest import LongestBatch, collate, longest_rows, row_id
 from .preference_data import column_names
@@ -106,6 +106,7 @@ class GuardedSFTTrainer(Preflight, SFTTrainer):
                 quantization_config, peft_config, formatting_func,
             )  # fmt: skip
         check_layers(self.model, layers)
+        check_router_loss(self)
         name_bias(self.model)
         for name, dataset in data_sets(self.train_dataset, self.eval_dataset):
             check_sft_ids(self.model, dataset, name)

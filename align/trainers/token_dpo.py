@@ -23,7 +23,7 @@ from ..records import PAIR_WEIGHT
 from ..safety import no_pickles
 from ..tokens import CompletionRule, label_values, pad_rows, shift_to_labels, truncate
 from ..trl_versions import DataCollatorForPreference
-from .adapters import check_layers, checked_layers
+from .adapters import check_layers, check_router_loss, checked_layers
 from .loading import (
     check_without_images,
     config_of,
@@ -313,6 +313,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
             self.ref_model = None  # its numbers are in the data set
         self._complete_model()
         check_layers(self.model, layers)
+        check_router_loss(self)
         for dataset_name, dataset in data_sets(self.train_dataset, self.eval_dataset):
             check_pair_lengths(self, dataset, dataset_name)
             check_collator(self, dataset, dataset_name)

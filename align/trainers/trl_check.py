@@ -22,6 +22,7 @@ from trl import DPOTrainer, SFTConfig, SFTTrainer
 from .. import __version__, trl_versions
 from ..errors import ConfigError
 from .preflight import same_random_numbers
+from .preference_data import has_reference
 from .token_budget import metrics_aside
 from .token_reference import PREFIX
 
@@ -131,25 +132,32 @@ def _tiny() -> dict[str, Any]:
 
 
 def dpo_difference(trainer_class: type[TokenDPOTrainer], use_cpu: bool) -> str | None:
-    """How loss and gradient differ from TRL's: with weights of 1, and with weights of 2, which are twice TRL's β."""
+    """How loss and gradient differ from TRL's: with weights of 1, and with weights of 2, which are twice TRL's β.
+
+    Rows come from the loader, and the loss from the public method, because those are what training takes.
+    """
     with tempfile.TemporaryDirectory() as folder:
         options = {"output_dir": folder, "use_cpu": use_cpu, "preflight": False, "prefix_sharing": False}
+        options |= {"precompute_ref_log_probs": True, "cache_reference": False}
         trainer = trainer_class(
             args=trainer_class.config_class(**SETTINGS, **options), train_dataset=Dataset.from_list(PAIRS), **_tiny(),
             peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False),
         )  # fmt: skip
+    if not has_reference(trainer.train_dataset):
+        return "precompute_ref_log_probs stores no log-probabilities of tokens"
+    trainer.precompute_ref_logps = False
     model = trainer.model.eval()
     for weight in (1.0, 2.0):
-        batch = trainer.data_collator([_weighted(pair, weight) for pair in PAIRS])
-        batch = {name: value.to(model.device) for name, value in batch.items()}
+        trainer.train_dataset = Dataset.from_list([_weighted(pair, weight) for pair in PAIRS])
+        batch = next(iter(trainer.get_train_dataloader()))
         plain = {name: value for name, value in batch.items() if not name.startswith(PREFIX)}
         with metrics_aside(trainer):
-            ours = _numbers(model, trainer._compute_loss(model, batch, False))
+            ours = _numbers(model, trainer.compute_loss(model, batch))
             beta, trainer.beta = trainer.beta, trainer.beta * weight
             theirs = _numbers(model, DPOTrainer._compute_loss(trainer, model, plain, False))
             trainer.beta = beta
         for name, mine, right in zip(("loss", "gradient"), ours, theirs, strict=True):
-            if (mine - right).abs().max() > TOLERANCE * right.abs().max():
+            if not (mine - right).abs().max() <= TOLERANCE * right.abs().max():  # NaN is neither
                 return f"{name} with weights of {weight:g}: {mine.norm():.6g} in place of {right.norm():.6g}"
     return None
 
@@ -185,6 +193,6 @@ def sft_difference(trainer_class: type[GuardedSFTTrainer], use_cpu: bool, **sett
             logs.append(trainer.state.log_history[0])
     for name in ("loss", "grad_norm"):
         theirs, ours = (log[name] for log in logs)
-        if abs(ours - theirs) > TOLERANCE * abs(theirs):
+        if not abs(ours - theirs) <= TOLERANCE * abs(theirs):  # NaN is neither
             return f"{name}: {ours:.6g} in place of {theirs:.6g}"
     return None
