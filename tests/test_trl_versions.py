@@ -157,7 +157,7 @@ COMPUTE_LOSS = trl.DPOTrainer._compute_loss
         (trl.DPOTrainer, "compute_loss", past_the_seam, "loss with weights of 2: "),
         (TokenDPOTrainer, "_precompute_ref_logps", lambda self, dataset, *_: dataset, "precompute_ref_log_probs stores no"),
         (TokenDPOTrainer, "_set_signature_columns_if_needed", trl.DPOTrainer._set_signature_columns_if_needed,
-         "loss with weights of 2: "),
+         "leaves chosen_ref_logps, rejected_ref_logps out of the batch"),
         (trl.DPOTrainer, "_compute_loss", gone, "AttributeError: 'DPOTrainer' object has no attribute '_compute_loss'"),
         # Another loss, and weights that reach nothing.
         (token_dpo, "weighted_logps", lambda logps, ref, weights: 1.1 * logps, "loss with weights of 1: "),

@@ -21,8 +21,8 @@ from trl import DPOTrainer, SFTConfig, SFTTrainer
 
 from .. import __version__, trl_versions
 from ..errors import ConfigError
-from .preflight import same_random_numbers
 from .preference_data import has_reference
+from .preflight import same_random_numbers
 from .token_budget import metrics_aside
 from .token_reference import PREFIX
 
