@@ -280,7 +280,7 @@ def compare(name: str, shape: str, count: int, steps: int, device: str, attentio
         "model": name,
         "shape": shape,
         "pairs": count,
-        "attention": attention,
+        "attention": MODELS[name].get("attention", attention),
         "peak memory, GB": {},
     }
     if device == "cpu":  # in turn, so that whatever else the machine does falls on all of them alike

@@ -167,8 +167,9 @@ def test_the_tgdpo_step_is_quoted_as_measured():
 def test_the_speed_of_a_step_is_quoted_as_measured():
     results = json.loads((ROOT / "benchmarks/results/dpo_step_cpu.json").read_text())["results"]
     more = json.loads((ROOT / "benchmarks/results/dpo_step_cpu_more.json").read_text())["results"]
-    assert len(results) == 6 and len(more) == 6
-    for row in results:
+    families = json.loads((ROOT / "benchmarks/results/dpo_step_families.json").read_text())["results"]
+    assert len(results) == 6 and len(more) == 6 and len(families) == 2
+    for row in results + families:
         seconds, memory = row["seconds"], row["peak memory, GB"]
         cells = [
             f"{seconds['trl']:.1f}",

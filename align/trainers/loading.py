@@ -73,11 +73,17 @@ def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
     return found
 
 
-def check_without_images(processing_class: Any, columns: Collection[str], name: str) -> None:
-    """Raises a ConfigError where a processor would read images; without one, TRL refuses them itself."""
+def check_without_images(processing_class: Any, columns: Collection[str], name: str, trainer: str) -> None:
+    """Raises a ConfigError where a processor would read images; without one, TRL refuses them itself.
+
+    Args:
+        columns, name: of a data set.
+        trainer: the name of its class.
+    """
     if isinstance(processing_class, ProcessorMixin) and (images := {"image", "images"} & set(columns)):
         raise ConfigError(
-            f"train data set: column {min(images)} has images, and {name} trains on text alone; remove the column, or train with TRL"
+            f"{name} data set: column {min(images)} has images, and {trainer} trains on text alone; remove the column, or train "
+            "with TRL"
         )
 
 

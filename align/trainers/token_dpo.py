@@ -252,7 +252,8 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         if processing_class is None:
             processing_class = processing_class_of(model, args)
         tokenizer = tokenizer_of(processing_class)
-        check_without_images(processing_class, column_names(train_dataset), type(self).__name__)
+        for dataset_name, dataset in data_sets(train_dataset, eval_dataset):
+            check_without_images(processing_class, column_names(dataset), dataset_name, type(self).__name__)
         if data_collator is not None and not isinstance(data_collator, TokenPreferenceCollator):
             self._check_plain_collator(data_collator, args, train_dataset, eval_dataset)
         if data_collator is None:
