@@ -326,7 +326,6 @@ def test_images_are_refused(column, tmp_path):
     with pytest.raises(ConfigError, match=f"column {column} has images, and TokenDPOTrainer trains on text alone"):
         trainer_of(TokenDPOTrainer, tmp_path, multimodal_processor(), rows, "no/model")
     with pytest.raises(ConfigError, match=f"eval data set: column {column} has images"):
-        TokenDPOTrainer(
-            "no/model", args=TokenDPOConfig(str(tmp_path)), train_dataset=Dataset.from_list(TEXT),
-            eval_dataset=Dataset.from_list(rows), processing_class=multimodal_processor(),
+        trainer_of(
+            TokenDPOTrainer, tmp_path, multimodal_processor(), TEXT, "no/model", given={"eval_dataset": Dataset.from_list(rows)}
         )  # fmt: skip
