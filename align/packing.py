@@ -124,16 +124,19 @@ class PairLayout:
         from torch.nn.attention.flex_attention import create_block_mask
 
         pair, branch, position = self.pair, self.branch, self.position_ids
-        reach = int(position.max()) + 1 if window is None else window
 
         def sees(row, _head, query, key):
             same = (pair[row, query] == pair[row, key]) & (pair[row, query] >= 0)
             on_path = (branch[row, key] == 0) | (branch[row, key] == branch[row, query])
-            near = position[row, query] - position[row, key] < reach
-            return (same & on_path & near & (key <= query)) | (key == query)
+            return (same & on_path & (key <= query)) | (key == query)
+
+        def sees_within(row, head, query, key):
+            return sees(row, head, query, key) & (position[row, query] - position[row, key] < window)
 
         rows, width = pair.shape
-        return create_block_mask(sees, B=rows, H=None, Q_LEN=width, KV_LEN=width, device=pair.device)
+        return create_block_mask(
+            sees if window is None else sees_within, B=rows, H=None, Q_LEN=width, KV_LEN=width, device=pair.device
+        )
 
 
 @dataclass

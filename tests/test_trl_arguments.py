@@ -12,7 +12,7 @@ from conftest import byte_level_tokenizer, llama_tokenizer, random_pairs, tiny_l
 from datasets import Dataset, IterableDataset
 from families import multimodal_folder, multimodal_processor
 from transformers import AutoProcessor, Gemma3ForConditionalGeneration
-from trl import DPOConfig, DPOTrainer, TrlParser
+from trl import DPOConfig, DPOTrainer, TrlParser, data_utils
 
 from align import CDPOConfig, CDPOTrainer, TGDPOConfig, TGDPOTrainer, TokenDPOConfig, TokenDPOTrainer
 from align.errors import ConfigError, MissingColumnError, RecordError
@@ -31,6 +31,12 @@ def options(folder, **kwargs):
         "output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "max_steps": 1,
         "save_strategy": "no", "logging_steps": 1, "per_device_train_batch_size": 4, "gradient_checkpointing": False,
     } | kwargs  # fmt: skip
+
+
+SINCE_1_15 = pytest.mark.skipif(
+    not hasattr(data_utils, "common_prefix_length"),
+    reason="TRL 1.14 cuts a text after as many tokens as its prompt has, even where the two differ, and so loses tokens",
+)
 
 
 def trainer_of(cls, folder, tokenizer, rows, model=None, given=None, **kwargs):
@@ -180,6 +186,7 @@ HH = [
 ]
 
 
+@SINCE_1_15
 @pytest.mark.parametrize("trl", [False, True])
 @pytest.mark.parametrize("make", [byte_level_tokenizer, llama_tokenizer])
 def test_implicit_prompts_in_text_give_the_rows_of_trl(make, trl, tmp_path):
@@ -195,6 +202,7 @@ def test_implicit_prompts_in_text_give_the_rows_of_trl(make, trl, tmp_path):
     )
 
 
+@SINCE_1_15
 def test_trl_completions_cut_a_text_prompt_where_tokens_merge_and_say_so(tmp_path, tokenizer):
     rows = [{"prompt": "Question: Tom has 12 app", "chosen": "les and buys 7", "rejected": "les, 16"}]
     theirs = trainer_of(DPOTrainer, tmp_path, byte_level_tokenizer(), rows, given={"ref_model": tiny_llama()})
