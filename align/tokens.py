@@ -470,7 +470,7 @@ def encode_row(
     Where tokens would merge across the boundary, the completion is tokenized on its own.
 
     The generation prompt of some chat templates has more than conversations with an answer: `<think>`, where an answer
-    has no reasoning. Then the prompt's ids end before it, as in TRL; each run warns of it once.
+    has no reasoning. Then the prompt's ids end before it, as in TRL, and the run logs one warning.
 
     Args:
         prompt: text or messages; see `encode_prompt`.

@@ -60,3 +60,18 @@ def contrastive_score(positive: list[float], negative: list[float], token: int, 
     log_n = [z - math.log(sum(math.exp(y) for y in negative)) for z in negative]
     powered = [math.exp((1 + beta) * p - beta * n) for p, n in zip(log_p, log_n, strict=True)]
     return powered[token] / sum(powered)
+
+
+def own_context(row, generation, next_logits):
+    """The context of a `MixedRow` whose own tokens are drawn one at a time, each from the logits of one row of tokens.
+
+    Args:
+        next_logits: takes token ids, and returns the (1, V) logits of the token after them.
+    """
+    context = list(row.ids)
+    for t, own in enumerate(row.own):
+        if own:
+            before = context[:t] if generation == "autoregressive" else row.ids[:t]
+            passed = next_logits(list(before))[0].double().softmax(-1).cumsum(-1)
+            context[t] = int((passed <= row.uniforms[t] * passed[-1]).sum())
+    return context

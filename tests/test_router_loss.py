@@ -3,10 +3,11 @@
 import pytest
 import torch
 from datasets import Dataset
+from oracles import own_context
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 from align import BASHConfig, BASHTrainer, RACConfig, RACTrainer
-from align.contexts import OwnTokens, draw_contexts, draw_tokens, mixed_row
+from align.contexts import OwnTokens, draw_contexts, mixed_row
 from align.decoding import Decoding, Policy
 from align.logps import token_logps
 from align.mix import IGNORED
@@ -56,13 +57,7 @@ def test_drawing_contexts(family, generation, no_router_loss):
     rows = [mixed_row(ids, [IGNORED, *ids[1:]], 0.6, 3, 0, place) for place, ids in enumerate(ROWS)]
     draw_contexts(model, rows, OwnTokens(generation, max_tokens_per_batch=64), 0)
     for row in rows:
-        expected = list(row.ids)
-        for t, own in enumerate(row.own):
-            if own:
-                before = expected[:t] if generation == "autoregressive" else row.ids[:t]
-                uniform = torch.tensor([row.uniforms[t]], dtype=torch.float64)
-                expected[t] = draw_tokens(one_by_one(model, list(before)), uniform, 1.0).item()
-        assert row.context == expected
+        assert row.context == own_context(row, generation, lambda before: one_by_one(model, before))
     assert any(row.context != row.ids for row in rows)
     assert model.config.output_router_logits is True  # as it was
 

@@ -205,7 +205,7 @@ def test_a_tokenizer_without_padding(tmp_path):
 @pytest.mark.parametrize("kind", TRAINERS)
 @pytest.mark.parametrize("columns", ["text", "ids"])
 def test_rows_of_a_transform(kind, columns, tmp_path, tokenizer):
-    """Rows are what the transform makes of them, not what lies in the data set."""
+    """The trainer reads the rows that the transform returns, not the stored ones."""
 
     def read(batch):
         if columns == "text":

@@ -20,6 +20,7 @@ from align.preferences import tokenize_pairs
 from align.records import read_records
 from align.scoring.guidance import score_guidance
 from align.tokens import CompletionRule, encode_pair
+from align.trainers.token_dpo import TokenPreferenceCollator
 
 TRAINERS = [TokenDPOTrainer, CDPOTrainer, TGDPOTrainer]
 CONFIGS = [TokenDPOConfig, CDPOConfig, TGDPOConfig]
@@ -337,3 +338,18 @@ def test_images_are_refused(column, tmp_path):
         trainer_of(
             TokenDPOTrainer, tmp_path, multimodal_processor(), TEXT, "no/model", given={"eval_dataset": Dataset.from_list(rows)}
         )  # fmt: skip
+
+
+def test_a_function_that_calls_our_collator_is_taken(tmp_path, tokenizer):
+    """Its batch decides, not its type: with the weights it trains, without them it is refused."""
+    rows = [
+        pair | {f"{side}_weights": [0.5] * len(pair[f"{side}_ids"]) for side in ("chosen", "rejected")}
+        for pair in random_pairs(4)
+    ]
+    own = TokenPreferenceCollator(pad_token_id=0, columns=("weights", "ref_logps"))
+    trainer = trainer_of(TokenDPOTrainer, tmp_path, tokenizer, rows, given={"data_collator": lambda batch: own(batch)})
+    trainer.train()
+    assert trainer.state.log_history[0]["weights/chosen"] == pytest.approx(0.5)
+    plain = TokenPreferenceCollator(pad_token_id=0)
+    with pytest.raises(ConfigError, match="data_collator leaves chosen_weights, rejected_weights"):
+        trainer_of(TokenDPOTrainer, tmp_path, tokenizer, rows, given={"data_collator": lambda batch: plain(batch)})

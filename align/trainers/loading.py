@@ -46,7 +46,7 @@ def processing_class_of(model: Any, args: DPOConfig) -> PreTrainedTokenizerBase 
     """A model's own processor, or its tokenizer where it has none: what TRL loads, so that both are saved alike.
 
     Raises:
-        ConfigError: the model has no name.
+        ConfigError: the model was not loaded by a name.
         AlignError: see `align.load_tokenizer`.
     """
     name, source = name_of_tokenizer(model), source_of_trainer(args)

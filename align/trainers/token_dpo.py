@@ -254,7 +254,7 @@ class TokenDPOTrainer(Preflight, TokenBudget, TokenReference):
         tokenizer = tokenizer_of(processing_class)
         for dataset_name, dataset in data_sets(train_dataset, eval_dataset):
             check_without_images(processing_class, column_names(dataset), dataset_name, type(self).__name__)
-        if data_collator is not None and not isinstance(data_collator, TokenPreferenceCollator):
+        if type(data_collator) is DataCollatorForPreference:  # others are tried on the first row, by `check_collator`
             self._check_plain_collator(data_collator, args, train_dataset, eval_dataset)
         if data_collator is None:
             set_pad_token(tokenizer, args)
